@@ -138,4 +138,4 @@ def select(device: torch.device, *, reference: bool = False) -> Ops:
         name = "cuda"
     elif not reference and device.type == "cpu" and importlib.util.find_spec("pyembed._cpu") is not None:
         name = "cpu"
-    return cast(Ops, importlib.import_module(f"pyembed.ops.{name}"))
+    return cast("Ops", importlib.import_module(f"pyembed.ops.{name}"))

@@ -1,0 +1,61 @@
+"""Stations 3 and 4: lengths to batches under a token budget, and the texts of one batch to packed tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyembed.ops import Ops
+
+ROW_MULTIPLE = 16  # with this, a row of torch's CPU GEMMs has the same bits whatever else is in the batch
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    input_ids: Tensor  # [T] int64, all sequences end to end; T is a multiple of ROW_MULTIPLE, spare rows belong to nobody
+    positions: Tensor  # [T] int64, restart for each sequence
+    cu_seqlens: Tensor  # [N + 1] int32, start of each sequence; the last entry is at most T
+    spans: Tensor  # [N, 2] int32, first and last + 1 token that pooling reads
+    lengths: list[int]  # [N] on the host, so that no launch has to read the device
+    schedule: object  # what ops.schedule(lengths) made
+
+
+def plan(lengths: Sequence[int], budget: int, max_texts: int | None = None) -> list[list[int]]:
+    """Indices of texts, longest first, in batches of at most `budget` tokens and `max_texts` texts; a batch admits at least one."""
+    batches: list[list[int]] = []
+    tokens = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        full = tokens + lengths[index] > budget or (max_texts is not None and bool(batches) and len(batches[-1]) >= max_texts)
+        if not batches or full:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(index)
+        tokens += lengths[index]
+    return batches
+
+
+def pack(ids: Sequence[np.ndarray], skip: Sequence[int], ops: Ops, device: torch.device) -> PackedBatch:
+    """Texts' ids end to end. `skip[n]` tokens at the start of text n (a prompt) are left out of what pooling reads."""
+    lengths = [len(each) for each in ids]
+    starts = np.zeros(len(ids) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=starts[1:])
+    total = int(starts[-1])
+    rows = max(1, -(-total // ROW_MULTIPLE)) * ROW_MULTIPLE
+    input_ids = np.zeros(rows, dtype=np.int64)
+    positions = np.zeros(rows, dtype=np.int64)
+    if total:
+        input_ids[:total] = np.concatenate(ids)
+        positions[:total] = np.arange(total) - np.repeat(starts[:-1], lengths)
+    spans = np.stack([np.minimum(starts[:-1] + np.asarray(skip, dtype=np.int32), starts[1:]), starts[1:]], axis=1)
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids).to(device),
+        positions=torch.from_numpy(positions).to(device),
+        cu_seqlens=torch.from_numpy(starts).to(device),
+        spans=torch.from_numpy(np.ascontiguousarray(spans)).to(device),
+        lengths=lengths,
+        schedule=ops.schedule(lengths),
+    )

@@ -1,0 +1,90 @@
+"""One function per residual order. A block takes the residual stream and what is yet to be added to it, and returns the same pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor
+
+from pyembed.batch import PackedBatch
+from pyembed.config import ModelConfig
+from pyembed.ops import Norm, Ops
+
+if TYPE_CHECKING:
+    from pyembed.model import Layer
+
+Tables = list[tuple[Tensor, Tensor, Tensor]]  # cos, sin [positions, R / 2], and each token's row [T]
+Stream = tuple[Tensor, Tensor | None]  # hidden [T, D], delta [T, D]
+
+
+def norm(x: Tensor, weights: Norm, ops: Ops, residual: Tensor | None = None) -> Tensor:
+    """The norm of x, or of residual + x, which then also stands in `residual`."""
+    op = ops.layer_norm if weights.layer else ops.rms_norm
+    return cast("Tensor", op(x, weights, residual=residual))
+
+
+def attend(x: Tensor, layer: Layer, config: ModelConfig, tables: Tables, batch: PackedBatch, ops: Ops) -> Tensor:
+    """Attention with its projections: [T, D] -> [T, D]."""
+    heads, groups, width = config.num_heads, config.num_key_value_heads, config.head_dim
+    qkv = layer.qkv.apply(x)  # [T, (H + 2 G) * K]
+    if layer.rope is not None:
+        cos, sin, rows = tables[layer.rope]
+        ops.qk_norm_rope(qkv, heads, groups, cos=cos, sin=sin, rows=rows, q_norm=layer.q_norm, k_norm=layer.k_norm)
+    q, k, v = qkv.view(-1, heads + 2 * groups, width).split((heads, groups, groups), dim=1)
+    mixed = ops.attention(
+        q,
+        k,
+        v,
+        batch.cu_seqlens,
+        batch.cu_seqlens,
+        batch.schedule,
+        causal=config.causal,
+        window=layer.window,
+        scale=config.attention_scale,
+        softcap=config.softcap,
+    )
+    return layer.out.apply(mixed.view(-1, heads * width))
+
+
+def mlp(x: Tensor, layer: Layer, config: ModelConfig, ops: Ops) -> Tensor:
+    """The feed-forward layer, gated or plain: [T, D] -> [T, D]."""
+    act = config.activation
+    if not config.gated and act in layer.up.fuses:
+        return layer.down.apply(layer.up.apply(x, act=act))
+    h = layer.up.apply(x)
+    if config.gated and act == "silu":
+        h = cast("Tensor", ops.swiglu(h))
+    elif config.gated:
+        h = cast("Tensor", ops.geglu(h, tanh=act == "gelu_tanh"))
+    else:
+        h = cast("Tensor", ops.gelu(h, tanh=act == "gelu_tanh"))
+    return layer.down.apply(h)
+
+
+def pre_norm(x: Tensor, delta: Tensor | None, layer: Layer, config: ModelConfig, tables: Tables, batch: PackedBatch, ops: Ops) -> Stream:
+    """x += Attn(norm(x)); x += MLP(norm(x)). Llama, Mistral, Qwen."""
+    h = norm(x, layer.attention_norm, ops) if delta is None else norm(delta, layer.attention_norm, ops, x)
+    h = attend(h, layer, config, tables, batch, ops)
+    h = norm(h, layer.mlp_norm, ops, x)
+    return x, mlp(h, layer, config, ops)
+
+
+def sandwich(x: Tensor, delta: Tensor | None, layer: Layer, config: ModelConfig, tables: Tables, batch: PackedBatch, ops: Ops) -> Stream:
+    """x += norm(Attn(norm(x))); x += norm(MLP(norm(x))). Gemma 2 and 3."""
+    assert layer.post_attention_norm is not None
+    assert layer.post_mlp_norm is not None
+    h = norm(x, layer.attention_norm, ops) if delta is None else norm(delta, layer.attention_norm, ops, x)
+    h = norm(attend(h, layer, config, tables, batch, ops), layer.post_attention_norm, ops)
+    h = norm(h, layer.mlp_norm, ops, x)
+    return x, norm(mlp(h, layer, config, ops), layer.post_mlp_norm, ops)
+
+
+def post_norm(x: Tensor, delta: Tensor | None, layer: Layer, config: ModelConfig, tables: Tables, batch: PackedBatch, ops: Ops) -> Stream:
+    """x = norm(x + Attn(x)); x = norm(x + MLP(x)). BERT."""
+    x = norm(attend(x, layer, config, tables, batch, ops), layer.attention_norm, ops, x)
+    return norm(mlp(x, layer, config, ops), layer.mlp_norm, ops, x), None
+
+
+Block = Callable[[Tensor, Tensor | None, "Layer", ModelConfig, Tables, PackedBatch, Ops], Stream]
+BLOCKS: dict[str, Block] = {"pre": pre_norm, "sandwich": sandwich, "post": post_norm}

@@ -1,0 +1,468 @@
+"""The facade: `Encoder(model).encode(texts)`. Accepts texts (station 1), hands them to the engine, shapes what comes back (7, 8)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyembed import engine, ops, prompts, quantize, weights
+from pyembed.checkpoint import SIMILARITIES, read_checkpoint
+from pyembed.config import ModelSpec, Pooling, Recipe
+from pyembed.families import recipe_of_id, recipes
+from pyembed.hub import resolve
+from pyembed.ops import POOL_MODES
+from pyembed.probes import check_ids, check_mask
+from pyembed.quantize import Array, Precision
+from pyembed.tokenizer import Tokenizer
+from pyembed.tokenizer import load as load_tokenizer
+
+logger = logging.getLogger("pyembed")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Encoder:
+    """A text embedding model, loaded and ready.
+
+    Args:
+        model: directory or hub id of a safetensors checkpoint.
+        device: "cpu", "cuda", "cuda:1"; None takes CUDA where there is one.
+        dtype: "auto" (bfloat16 where the hardware multiplies it natively, else float32), "float32", "bfloat16", "float16".
+        recipe: name of a recipe (`pyembed info` lists them) for a checkpoint whose files do not say how it is used.
+        pooling, include_prompt, causal, normalize: overrule files and recipe; pooling is a mode or several.
+        prompts, default_prompt_name, similarity_fn_name, truncate_dim: as in sentence-transformers.
+        max_seq_length: tokens a text is cut to, specials included; None takes what the model's files say.
+        tokens_per_batch: token budget of a batch; None takes the device's.
+        backend: None takes the device's kernels, "reference" plain PyTorch.
+        revision, token, cache_folder, local_files_only: for hub ids, as in huggingface_hub.
+
+    Raises ValueError, TypeError or OSError with a sentence for what cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        recipe: str | None = None,
+        pooling: str | Sequence[str] | None = None,
+        include_prompt: bool | None = None,
+        causal: bool | None = None,
+        normalize: bool | None = None,
+        prompts: dict[str, str] | None = None,
+        default_prompt_name: str | None = None,
+        similarity_fn_name: str | None = None,
+        truncate_dim: int | None = None,
+        max_seq_length: int | None = None,
+        tokens_per_batch: int | None = None,
+        backend: Literal["reference"] | None = None,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self.model = os.fspath(model)
+        self._pid = os.getpid()
+        chosen_device, chosen_dtype = choose_device(device), check_dtype(dtype)
+        chosen_recipe = find_recipe(recipe, self.model)
+        self.directory = resolve(
+            model, revision=revision, token=token, cache_folder=cache_folder, local_files_only=local_files_only
+        )
+        spec, self._family = read_checkpoint(
+            self.directory, recipe=chosen_recipe, pooling=check_pooling(pooling, include_prompt), causal=causal, normalize=normalize
+        )
+        if include_prompt is not None:
+            spec = replace(spec, pooling=replace(spec.pooling, include_prompt=include_prompt))
+        self.prompts = spec.prompts | (prompts or {})
+        self.default_prompt_name = default_prompt_name or spec.default_prompt_name
+        if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:
+            raise ValueError(f"default_prompt_name is {self.default_prompt_name!r}; the prompts are {', '.join(sorted(self.prompts))}.")
+        self.similarity_fn_name = similarity_fn_name or spec.similarity
+        if self.similarity_fn_name not in SIMILARITIES:
+            raise ValueError(f"similarity_fn_name is {similarity_fn_name!r}; expected one of {', '.join(SIMILARITIES)}.")
+        self.truncate_dim = truncate_dim if truncate_dim is not None else spec.truncate_dim
+        check_positive("truncate_dim", self.truncate_dim)
+        check_positive("tokens_per_batch", tokens_per_batch)
+        if backend not in (None, "reference"):
+            raise ValueError(f"backend is {backend!r}; expected None (the device's kernels) or 'reference'.")
+        self._spec = spec
+        rule = spec.recipe
+        self.tokenizer: Tokenizer = load_tokenizer(
+            self.directory / spec.transformer_path,
+            prepend=rule.prepend if rule else (),
+            append=rule.append if rule else (),
+            lowercase=spec.lowercase,
+        )
+        self._max_seq_length = default_length(spec, self.tokenizer)
+        if max_seq_length is not None:
+            self.max_seq_length = max_seq_length
+        self._load(chosen_device, chosen_dtype)
+
+    def _load(self, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Read the weights onto a device and check them against what is claimed of them."""
+        dtype = dtype or native_dtype(device)
+        if dtype == torch.float16 and not self._family.float16:
+            raise ValueError(f"{self._family.name} models overflow in float16; use dtype='bfloat16' or 'float32'.")
+        module = ops.select(device, reference=self._arguments["backend"] == "reference")
+        if device.type == "cpu" and self._arguments["backend"] is None and module.__name__.endswith("reference"):
+            warnings.warn(
+                "pyembed's C++ kernels were not built, so plain PyTorch serves; reinstall pyembed where a C++ compiler is.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        spec = self._spec
+        at = self.directory / spec.transformer_path
+        heads = [(self.directory / head.path, head) for head in spec.dense]
+        with torch.inference_mode():
+            tensors = weights.load(at, spec.model, self._family.tensors, heads, device, dtype)
+        self._loaded = engine.Loaded(spec, self.tokenizer, tensors, module, device, dtype)
+        check_ids(self.tokenizer, spec)
+        check_mask(self._loaded)
+
+    # What the model is
+
+    @property
+    def device(self) -> torch.device:
+        return self._loaded.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._loaded.dtype
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Everything the checkpoint and its recipe say."""
+        return self._spec
+
+    @property
+    def stats(self) -> engine.Stats:
+        """Counts of texts, tokens, truncated texts and replaced surrogates since loading."""
+        return replace(self._loaded.stats)
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        spec = self._spec
+        full = spec.dense[-1].out_features if spec.dense else spec.model.hidden_size * len(spec.pooling.modes)
+        return full if self.truncate_dim is None else min(full, self.truncate_dim)
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """Tokens a text is cut to, specials included; None: never."""
+        return self._max_seq_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int | None) -> None:
+        least, table = len(self.tokenizer.prefix) + len(self.tokenizer.suffix) + 1, self._spec.model.position_offset is not None
+        most = self._spec.model.max_positions
+        if (value is None and table) or (value is not None and (value < least or (table and value > most))):
+            raise ValueError(f"max_seq_length is {value}; expected {least} (one token and the specials) to {most if table else 'any number'}.")
+        self._max_seq_length = value
+
+    def __repr__(self) -> str:
+        spec, module = self._spec, self._loaded.ops
+        config = spec.model
+        mask = "causal" if config.causal else "bidirectional"
+        spans = sorted({window for window in config.windows if window is not None})
+        if spans:
+            mask += f", {sum(w is not None for w in config.windows)} of {config.num_layers} layers windowed {spans}"
+        pooling = "+".join(spec.pooling.modes) + ("" if spec.pooling.include_prompt else " without prompt")
+        head = "".join(f", Dense {each.in_features}->{each.out_features}" for each in spec.dense) + (", L2" if spec.normalize else "")
+        borrowed = f" (from the reference: {', '.join(module.FROM_REFERENCE)})" if module.FROM_REFERENCE else ""
+        return (
+            f"Encoder({self.model!r}, {self._family.name}, {config.num_layers} layers, recipe={spec.recipe.name if spec.recipe else None},\n"
+            f"  device={self.device}, dtype={str(self.dtype).removeprefix('torch.')}, mask={mask}, pooling={pooling}{head},\n"
+            f"  dim={self.dim}, max_seq_length={self.max_seq_length}, backend={module.__name__.removeprefix('pyembed.ops.')}{borrowed})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its arguments: the other side loads the model again."""
+        return rebuild, (self._arguments, self.max_seq_length)
+
+    # Encoding
+
+    def encode(
+        self,
+        inputs: str | Iterable[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        output_value: Literal["sentence_embedding", "token_embeddings"] | None = "sentence_embedding",
+        precision: Precision = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | torch.device | None = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        pool: object = None,
+        chunk_size: int | None = None,
+        *,
+        ranges: Array | None = None,
+    ) -> Any:
+        """Vectors of texts, in their order.
+
+        Args:
+            inputs: one text, or any sequence or iterator of them; an iterator is read window by window.
+            prompt_name, prompt: what is put before each text: a named prompt of the model, or this very text, which wins.
+            batch_size: at most so many texts in a batch; None leaves it to the token budget.
+            show_progress_bar: None shows it when the logger "pyembed" is at INFO or DEBUG.
+            output_value: "sentence_embedding", "token_embeddings" (a [length, D] tensor per text), or None (a dict per text).
+            precision: "float32", or "int8", "uint8", "binary", "ubinary" as sentence-transformers quantizes.
+            convert_to_numpy, convert_to_tensor: array [N, dim] (default), tensor on the device, or with neither a list of tensors.
+            device: move the model there first.
+            normalize_embeddings: divide by the L2 norm, after the cut to `truncate_dim`.
+            truncate_dim: keep the first so many dimensions.
+            ranges: [2, dim], least and largest value of each dimension for int8 and uint8; None takes them from this call's vectors.
+
+        Returns float32 (or the precision's integers): [dim] for one text, [N, dim] for several.
+        """
+        if pool is not None or chunk_size is not None or isinstance(device, list | tuple):
+            raise ValueError("Encoding on several devices (pool=, chunk_size=, a list of devices) is not supported; pass one device.")
+        quantize.check_precision(precision)
+        if output_value not in ("sentence_embedding", "token_embeddings", None):
+            raise ValueError(f"output_value is {output_value!r}; expected 'sentence_embedding', 'token_embeddings' or None.")
+        if device is not None and choose_device(device) != self.device:
+            self._load(choose_device(device), self.dtype if self._arguments["dtype"] != "auto" else None)
+        single, texts = as_texts(inputs)
+        job = self._job(prompt, prompt_name, batch_size, normalize_embeddings, truncate_dim, tokens=output_value != "sentence_embedding")
+        with self._progress(show_progress_bar, texts) as bar:
+            results = self._reported(engine.run(self._loaded, job, texts, bar.update if bar else None))
+            if output_value is not None and not job.tokens:
+                vectors = collect(results, len(texts) if isinstance(texts, Sequence) else None, self.device, on_device=convert_to_tensor)
+                return self._shaped(vectors, single, precision, ranges, convert_to_numpy, convert_to_tensor)
+            items: list[Any] = []
+            for window in results:
+                for ids, state, vector in zip(window.ids, window.states, window.vectors, strict=True):
+                    items.append(state if output_value else features(ids, state, vector))
+        return items[0] if single else items
+
+    def encode_query(self, inputs: str | Iterable[str], **arguments: Any) -> Any:
+        """`encode` with the prompt named "query", unless `prompt` or `prompt_name` says otherwise."""
+        return self.encode(inputs, **self._named(("query",), arguments))
+
+    def encode_document(self, inputs: str | Iterable[str], **arguments: Any) -> Any:
+        """`encode` with the first prompt there is of "document", "passage", "corpus", unless one is given."""
+        return self.encode(inputs, **self._named(("document", "passage", "corpus"), arguments))
+
+    def stream(
+        self,
+        inputs: Iterable[str],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        precision: Precision = "float32",
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        ranges: Array | None = None,
+    ) -> Iterator[Array]:
+        """One vector [dim] per text, in order, in memory that does not grow with their number. Arguments as `encode`.
+
+        int8 and uint8 need `ranges`: a stream does not know the range of what is yet to come.
+        """
+        quantize.check_precision(precision)
+        if precision in ("int8", "uint8") and ranges is None:
+            raise ValueError(f"precision {precision!r} needs ranges= when streaming: each dimension's range over all vectors is not known.")
+        single, texts = as_texts(inputs)
+        if single:
+            raise TypeError("stream takes an iterable of texts; one text goes to encode.")
+        job = self._job(prompt, prompt_name, batch_size, normalize_embeddings, truncate_dim, tokens=False)
+        return self._stream(texts, job, precision, ranges, show_progress_bar)
+
+    def _stream(
+        self, texts: Iterable[str], job: engine.Job, precision: Precision, ranges: Array | None, show: bool | None
+    ) -> Iterator[Array]:
+        with self._progress(show, texts) as bar:
+            for window in self._reported(engine.run(self._loaded, job, texts, bar.update if bar else None)):
+                yield from quantize.quantize(window.vectors.numpy(), precision, ranges)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+        """Scores [N, M] float32 of two sets of vectors, by the model's similarity function."""
+        return quantize.similarity(self.similarity_fn_name, embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+        """Scores [N] of vectors paired by place."""
+        return quantize.similarity(self.similarity_fn_name, embeddings1, embeddings2, pairwise=True)
+
+    # Helpers of the above
+
+    def _job(
+        self, prompt: str | None, prompt_name: str | None, batch_size: int | None, normalize: bool, dim: int | None, *, tokens: bool
+    ) -> engine.Job:
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "This Encoder was made before the process forked, and its threads did not come along. Make the Encoder in the "
+                "child, or start it with the 'spawn' method."
+            )
+        check_positive("batch_size", batch_size)
+        check_positive("truncate_dim", dim)
+        text = prompts.resolve(self.prompts, self.default_prompt_name, prompt, prompt_name)
+        return engine.Job(
+            prompt=text,
+            skip=0 if self._spec.pooling.include_prompt else prompts.prompt_tokens(self.tokenizer, text, self.max_seq_length),
+            max_length=self.max_seq_length,
+            budget=self._arguments["tokens_per_batch"] or engine.TOKENS_PER_BATCH[self.device.type],
+            max_texts=batch_size,
+            dim=dim if dim is not None else self.truncate_dim,
+            normalize=normalize,
+            tokens=tokens,
+        )
+
+    def _named(self, names: Sequence[str], arguments: dict[str, Any]) -> dict[str, Any]:
+        if arguments.get("prompt") is None and arguments.get("prompt_name") is None:
+            return arguments | {"prompt_name": next((name for name in names if name in self.prompts), None)}
+        return arguments
+
+    def _progress(self, show: bool | None, texts: Iterable[str]) -> Any:
+        if show is None:
+            show = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
+        if not show:
+            return nullcontext()
+        from tqdm.auto import tqdm
+
+        return tqdm(total=len(texts) if isinstance(texts, Sequence) else None, unit=" texts", desc="Encoding")
+
+    def _reported(self, results: Iterator[engine.Window]) -> Iterator[engine.Window]:
+        """Pass results on; at the end say how many texts of this call were cut or repaired."""
+        truncated = replaced = count = 0
+        for window in results:
+            truncated, replaced, count = truncated + window.truncated, replaced + window.replaced, count + len(window.ids)
+            yield window
+        if truncated:
+            logger.warning("%d of %d texts were cut to %s tokens (max_seq_length).", truncated, count, self.max_seq_length)
+        if replaced:
+            logger.warning("%d of %d texts held lone surrogates, which became U+FFFD.", replaced, count)
+
+    def _shaped(
+        self, vectors: Tensor, single: bool, precision: Precision, ranges: Array | None, to_numpy: bool, to_tensor: bool
+    ) -> Any:
+        """Station 8: what the caller asked for."""
+        if len(vectors) == 0 and not single:
+            return vectors[:0].flatten() if to_tensor else np.array([]) if to_numpy else []
+        if precision == "float32":
+            shaped: Any = vectors if to_tensor or not to_numpy else vectors.numpy()
+        else:
+            quantized = quantize.quantize(vectors.cpu().numpy(), precision, ranges)
+            shaped = quantized if to_numpy and not to_tensor else torch.from_numpy(quantized)
+        if not (to_numpy or to_tensor):
+            shaped = list(shaped)
+        return shaped[0] if single else shaped
+
+
+def as_texts(inputs: Any) -> tuple[bool, Iterable[str]]:
+    """Whether it is one text, and the texts: a list where their number is known, else the iterator itself."""
+    if isinstance(inputs, str):
+        return True, [inputs]
+    if isinstance(inputs, bytes | dict | set) or not hasattr(inputs, "__iter__"):
+        raise TypeError(f"inputs is a {type(inputs).__name__}; expected a str or an iterable of str.")
+    if isinstance(inputs, np.ndarray):
+        return False, inputs.tolist()
+    if hasattr(inputs, "__len__"):
+        return False, inputs if isinstance(inputs, list | tuple) else list(inputs)
+    return False, inputs
+
+
+def collect(results: Iterable[engine.Window], count: int | None, device: torch.device, *, on_device: bool) -> Tensor:
+    """All vectors [N, dim]; written into one array as they come where their number is known."""
+    target = device if on_device else torch.device("cpu")
+    out, parts, filled = None, [], 0
+    for window in results:
+        if count is None:
+            parts.append(window.vectors.to(target))
+            continue
+        if out is None:
+            out = torch.empty((count, window.vectors.shape[1]), device=target)
+        out[filled : filled + len(window.vectors)] = window.vectors
+        filled += len(window.vectors)
+    if count is None:
+        return torch.cat(parts) if parts else torch.empty(0, device=target)
+    return torch.empty(0, device=target) if out is None else out
+
+
+def features(ids: Array, states: Tensor, vector: Tensor) -> dict[str, Tensor]:
+    """What `output_value=None` gives for one text, under sentence-transformers' names."""
+    tokens = torch.from_numpy(ids).long()
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "token_embeddings": states, "sentence_embedding": vector}
+
+
+def rebuild(arguments: dict[str, Any], max_seq_length: int | None) -> Encoder:
+    encoder = Encoder(**arguments)
+    encoder._max_seq_length = max_seq_length
+    return encoder
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """CUDA where there is one, unless a device is named. ValueError for a device that is unknown or absent."""
+    if device is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}; expected 'cpu', 'cuda' or 'cuda:N'.") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; pyembed runs on 'cpu' and 'cuda'.")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {device!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use 'cpu' or install a CUDA build of torch.")
+    return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
+
+
+def check_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The dtype asked for; None for "auto"."""
+    name = str(dtype).removeprefix("torch.")
+    if name != "auto" and name not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected 'auto', {', '.join(map(repr, DTYPES))}.")
+    return DTYPES.get(name)
+
+
+def native_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it: AVX512-BF16 or AMX on a CPU, compute capability 8.0 on CUDA. Else float32."""
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def find_recipe(name: str | None, model: str) -> Recipe | None:
+    """The recipe asked for, or the one of a known hub id."""
+    if name is None:
+        return None if Path(model).is_dir() else recipe_of_id(model)
+    if name not in recipes():
+        raise ValueError(f"recipe is {name!r}; expected one of {', '.join(recipes())}.")
+    return recipes()[name]
+
+
+def check_pooling(pooling: str | Sequence[str] | None, include_prompt: bool | None) -> Pooling | None:
+    if pooling is None:
+        return None
+    modes = (pooling,) if isinstance(pooling, str) else tuple(pooling)
+    if not modes or any(mode not in POOL_MODES for mode in modes):
+        raise ValueError(f"pooling is {pooling!r}; expected one or several of {', '.join(POOL_MODES)}.")
+    return Pooling(modes, include_prompt is not False)  # type: ignore[arg-type]
+
+
+def check_positive(name: str, value: int | None) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{name} is {value!r}; expected a positive integer.")
+
+
+def default_length(spec: ModelSpec, tokenizer: Tokenizer) -> int | None:
+    """The stated limit, else the smaller of the tokenizer's and the model's; never more than a table of learned positions holds."""
+    limit = spec.max_seq_length
+    if limit is None:
+        limit = min(tokenizer.model_max_length or spec.model.max_positions, spec.model.max_positions)
+    return limit if spec.model.position_offset is None else min(limit, spec.model.max_positions)

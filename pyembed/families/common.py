@@ -1,0 +1,125 @@
+"""What several families' config.json files spell the same way."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+from pyembed.config import Rope, RopeKind
+from pyembed.jsonfile import Fields
+
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+def bidirectional(fields: Fields) -> bool | None:
+    """What config.json says of the mask: True, False, or None when it says nothing (models.md 3.3)."""
+    flag = fields.values.get("use_bidirectional_attention")
+    if flag is not None and not isinstance(flag, bool | str):
+        raise ValueError(f"{fields.path}: use_bidirectional_attention is {flag!r}; expected true or false.")
+    if flag is True or (isinstance(flag, str) and flag != "vision"):  # "vision" leaves text causal
+        return True
+    causal = fields.get("is_causal", bool, None)
+    return None if causal is None and flag is None else not causal if causal is not None else False
+
+
+def rope(fields: Fields, head_dim: int, max_positions: int, *, default_theta: float, layer_type: str | None = None) -> Rope:
+    """The rotary embedding of config.json in its old spelling (`rope_theta`, `rope_scaling`) or its new one (`rope_parameters`).
+
+    `layer_type` picks the entry of a `rope_parameters` nested by layer type, where it is nested.
+    """
+    theta = fields.get("rope_theta", float, default_theta)
+    scaling = fields.sub("rope_scaling") or fields.sub("rope_parameters")
+    if scaling is not None and layer_type is not None and isinstance(scaling.values.get(layer_type), dict):
+        scaling = scaling.sub(layer_type)
+    if scaling is None:
+        return Rope(head_dim, theta)
+    return scaled_rope(scaling, head_dim, scaling.get("rope_theta", float, theta), fields, max_positions)
+
+
+def scaled_rope(scaling: Fields, head_dim: int, theta: float, fields: Fields, max_positions: int) -> Rope:
+    """A `rope_scaling` / `rope_parameters` object. ValueError for kinds and partial factors that are not supported."""
+    kind = scaling.get("rope_type", str, None) or scaling.get("type", str, "default")
+    if kind not in ROPE_KINDS:
+        raise ValueError(f"{fields.path}: rope type {kind!r} is not supported; pyembed knows {', '.join(ROPE_KINDS)}.")
+    partial = scaling.get("partial_rotary_factor", float, None) or fields.get("partial_rotary_factor", float, 1.0)
+    if partial != 1.0:
+        raise ValueError(f"{fields.path}: partial_rotary_factor is {partial}; this family rotates whole heads (1.0).")
+    if theta <= 1:
+        raise ValueError(f"{fields.path}: rope_theta is {theta}; expected a number above 1.")
+    if kind == "default":
+        return Rope(head_dim, theta)
+    original = fields.get("original_max_position_embeddings", int, None)  # outside the object it wins, as in transformers
+    original = original or scaling.get("original_max_position_embeddings", int, max_positions)
+    factor = scaling.get("factor", float, None)
+    if factor is None and kind == "yarn":
+        factor = max_positions / original
+    if factor is None or factor <= 0:
+        raise ValueError(f"{fields.path}: a rope of type {kind!r} needs a positive factor; it is {factor!r}.")
+    if kind != "yarn":
+        return Rope(
+            head_dim,
+            theta,
+            cast("RopeKind", kind),
+            factor,
+            original_max_position=max_positions if kind == "dynamic" else original,
+            low_freq_factor=scaling.get("low_freq_factor", float) if kind == "llama3" else 1.0,
+            high_freq_factor=scaling.get("high_freq_factor", float) if kind == "llama3" else 4.0,
+        )
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    attention_factor = scaling.get("attention_factor", float, None)
+    if attention_factor is None:
+        top, bottom = scaling.get("mscale", float, None), scaling.get("mscale_all_dim", float, None)
+        attention_factor = mscale(top) / mscale(bottom) if top and bottom else mscale(1.0)
+    return Rope(
+        head_dim,
+        theta,
+        "yarn",
+        factor,
+        original_max_position=original,
+        beta_fast=scaling.get("beta_fast", float, None) or 32.0,
+        beta_slow=scaling.get("beta_slow", float, None) or 1.0,
+        attention_factor=attention_factor,
+        truncate=scaling.get("truncate", bool, True),
+    )
+
+
+def head_counts(fields: Fields, default_head_dim: int | None = None) -> tuple[int, int, int]:
+    """Query heads, key/value heads and head_dim, checked against each other."""
+    heads = fields.positive("num_attention_heads")
+    groups = fields.positive("num_key_value_heads", heads)
+    head_dim = fields.positive("head_dim", default_head_dim or max(1, fields.positive("hidden_size") // heads))
+    if heads % groups:
+        raise ValueError(f"{fields.path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}.")
+    if head_dim % 2:
+        raise ValueError(f"{fields.path}: head_dim is {head_dim}; rotary embeddings need an even number.")
+    return heads, groups, head_dim
+
+
+def window(size: int | None, causal: bool) -> tuple[int, int] | None:
+    """A sliding window of `size` tokens as transformers masks it: the last `size` keys, self included, or `size` on either side."""
+    if size is None:
+        return None
+    return (size - 1, 0) if causal else (size, size)
+
+
+def layer_types(fields: Fields, layers: int, default: tuple[str, ...]) -> tuple[str, ...]:
+    """`layer_types`, one of full_attention and sliding_attention a layer, or the family's pattern where the file has none."""
+    given = fields.get("layer_types", list, None)
+    types = default if given is None else tuple(given)
+    if len(types) != layers or any(kind not in ("full_attention", "sliding_attention") for kind in types):
+        raise ValueError(
+            f"{fields.path}: layer_types is {given!r}; expected {layers} entries, each full_attention or sliding_attention."
+        )
+    return types
+
+
+def activation(fields: Fields, name: str, default: str) -> str:
+    """The MLP's activation under the names transformers gives it."""
+    spelled = fields.get(name, str, default)
+    known = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+    if spelled not in known:
+        raise ValueError(f"{fields.path}: {name} {spelled!r} is not supported; pyembed knows {', '.join(known)}.")
+    return known[spelled]

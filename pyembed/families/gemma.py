@@ -1,0 +1,120 @@
+"""Gemma 2 and Gemma 3 (EmbeddingGemma): sandwich norms with weight 1 + w, scaled embeddings, alternating windows, two RoPE bases."""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+from pyembed.config import Family, ModelConfig, Pooling, Recipe, Rope, TensorNames
+from pyembed.families.common import activation, bidirectional, head_counts, layer_types, rope, scaled_rope, window
+from pyembed.jsonfile import Fields
+
+
+def read(fields: Fields) -> ModelConfig:
+    """config.json of a Gemma 2 or Gemma 3 text model, with the defaults of transformers 5.23's configuration classes."""
+    three = fields.get("model_type", str) == "gemma3_text"
+    heads, groups, head_dim = head_counts(fields, 256)
+    layers = fields.positive("num_hidden_layers")
+    hidden = fields.positive("hidden_size")
+    max_positions = fields.positive("max_position_embeddings", 131072 if three else 8192)
+    causal = not bidirectional(fields)
+    size = fields.positive("sliding_window", 4096)
+    period = fields.positive("sliding_window_pattern", fields.positive("_sliding_window_pattern", 6)) if three else 2
+    pattern = tuple("sliding_attention" if (n + 1) % period else "full_attention" for n in range(layers))
+    types = layer_types(fields, layers, pattern)
+    # A bidirectional Gemma 3 halves its window: |q - k| <= size // 2. Gemma 2 has no rule of its own.
+    sliding = (size // 2, size // 2) if three and not causal else window(size, causal)
+    if fields.get("attention_bias", bool, False):
+        raise ValueError(f"{fields.path}: attention_bias is true; no published Gemma has biases, and pyembed does not support them.")
+    return ModelConfig(
+        family="gemma",
+        vocab_size=fields.positive("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=fields.positive("intermediate_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        max_positions=max_positions,
+        norm_eps=fields.get("rms_norm_eps", float, 1e-6),
+        block="sandwich",
+        norm="rms_plus_one",
+        activation=cast(
+            "Literal['silu', 'gelu', 'gelu_tanh']",
+            activation(fields, "hidden_activation", fields.get("hidden_act", str, "gelu_pytorch_tanh")),
+        ),
+        qk_norm=three,
+        embed_scale=hidden**0.5,
+        attention_scale=fields.get("query_pre_attn_scalar", float, 256.0) ** -0.5,
+        softcap=None if three else soft_cap(fields),
+        causal=causal,
+        windows=tuple(sliding if each == "sliding_attention" else None for each in types),
+        ropes=ropes(fields, head_dim, max_positions) if three else (rope(fields, head_dim, max_positions, default_theta=10000.0),),
+        rope_of_layer=tuple(int(three and each == "sliding_attention") for each in types),
+    )
+
+
+def soft_cap(fields: Fields) -> float | None:
+    """Gemma 2's cap on attention scores: 50 where the file says nothing, none where it says null."""
+    return fields.get("attn_logit_softcapping", float, None if "attn_logit_softcapping" in fields.values else 50.0)
+
+
+def ropes(fields: Fields, head_dim: int, max_positions: int) -> tuple[Rope, Rope]:
+    """Gemma 3's global and local rotary embeddings; the old spelling's `rope_scaling` belongs to the global one alone."""
+    nested = fields.sub("rope_parameters")
+    if nested is not None and ("full_attention" in nested or "sliding_attention" in nested):
+        full, sliding = nested.sub("full_attention"), nested.sub("sliding_attention")
+        return (
+            rope_of(full, head_dim, fields, max_positions, 1e6),
+            rope_of(sliding, head_dim, fields, max_positions, 1e4),
+        )
+    scaling = fields.sub("rope_scaling") or nested
+    return (
+        rope_of(scaling, head_dim, fields, max_positions, fields.get("rope_theta", float, 1e6)),
+        Rope(head_dim, fields.get("rope_local_base_freq", float, 1e4)),
+    )
+
+
+def rope_of(scaling: Fields | None, head_dim: int, fields: Fields, max_positions: int, theta: float) -> Rope:
+    """One layer type's rotary embedding."""
+    if scaling is None:
+        return Rope(head_dim, theta)
+    return scaled_rope(scaling, head_dim, scaling.get("rope_theta", float, theta), fields, max_positions)
+
+
+FAMILY = Family(
+    name="gemma",
+    model_types=("gemma2", "gemma3_text"),
+    read=read,
+    float16=False,
+    tensors=TensorNames(
+        prefixes=("model.", "language_model.", "model.language_model."),
+        tokens="embed_tokens",
+        layers="layers.{n}.",
+        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        out="self_attn.o_proj",
+        up=("mlp.gate_proj", "mlp.up_proj"),
+        down="mlp.down_proj",
+        attention_norm="input_layernorm",
+        post_attention_norm="post_attention_layernorm",
+        mlp_norm="pre_feedforward_layernorm",
+        post_mlp_norm="post_feedforward_layernorm",
+        q_norm="self_attn.q_norm",
+        k_norm="self_attn.k_norm",
+        final_norm="norm",
+        ignored=(r"lm_head\.weight", r"(.*\.)?rotary_emb(_local)?\.inv_freq"),
+    ),
+    recipes=(
+        # Card of google/embeddinggemma-300m. Its modules.json gives pooling, Dense heads and prompts; the ids are checked here.
+        Recipe(
+            name="embeddinggemma",
+            ids=("google/embeddinggemma-300m",),
+            pooling=Pooling(("mean",)),
+            causal=False,
+            normalize=True,
+            prepend=("<bos>",),
+            append=("<eos>",),
+            prompts={"query": "task: search result | query: ", "document": "title: none | text: "},
+            max_seq_length=2048,
+        ),
+    ),
+)

@@ -1,0 +1,71 @@
+"""Station 5: the tensors of a model and its forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pyembed.batch import PackedBatch
+from pyembed.blocks import BLOCKS
+from pyembed.config import ModelConfig
+from pyembed.linear import Linear
+from pyembed.ops import Norm, Ops
+from pyembed.rope import Rotary
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    qkv: Linear  # D -> (H + 2 G) * K
+    out: Linear  # H * K -> D
+    up: Linear  # D -> 2 F, rows [gate; up], or D -> F
+    down: Linear  # F -> D
+    attention_norm: Norm  # before attention; after it in a post-norm block
+    mlp_norm: Norm
+    post_attention_norm: Norm | None  # sandwich blocks
+    post_mlp_norm: Norm | None
+    q_norm: Norm | None  # weight [K]
+    k_norm: Norm | None
+    window: tuple[int, int] | None  # keys before and after the query that it sees
+    rope: int | None  # index into Weights.rotary
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A Dense module after pooling."""
+
+    linear: Linear  # float32
+    activation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    config: ModelConfig
+    tokens: Tensor  # [V, D]
+    positions: Tensor | None  # [position_rows, D]
+    type_row: Tensor | None  # [D]
+    embedding_norm: Norm | None
+    layers: tuple[Layer, ...]
+    final_norm: Norm | None
+    rotary: tuple[Rotary, ...]
+    heads: tuple[Head, ...]
+
+
+def forward(weights: Weights, batch: PackedBatch, ops: Ops) -> Tensor:
+    """Packed ids to hidden states [T, D] in the activation dtype, before the final norm. Spare rows hold anything."""
+    config = weights.config
+    hidden = ops.embed(
+        batch.input_ids,
+        weights.tokens,
+        scale=config.embed_scale,
+        positions=None if config.position_offset is None else batch.positions + config.position_offset,
+        position_table=weights.positions,
+        type_row=weights.type_row,
+        norm=weights.embedding_norm,
+    )
+    rotary = [each.rows(batch) for each in weights.rotary]
+    block = BLOCKS[config.block]
+    delta = None  # what the last block has yet to add to the residual stream, so that the next norm adds it
+    for layer in weights.layers:
+        hidden, delta = block(hidden, delta, layer, config, rotary, batch, ops)
+    return hidden if delta is None else hidden + delta

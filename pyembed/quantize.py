@@ -1,0 +1,64 @@
+"""Embeddings in fewer bits, and their similarity, as sentence-transformers 6.2 computes both."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "int8", "uint8", "binary", "ubinary")
+Array = np.ndarray[Any, Any]
+
+
+def check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+
+
+def quantize(vectors: Array, precision: Precision, ranges: Array | None = None) -> Array:
+    """[N, dim] float32 in `precision`: int8 / uint8 in 255 steps of each dimension's range, binary / ubinary one bit a dimension.
+
+    `ranges` [2, dim] holds each dimension's least and largest value; without it they are those of `vectors`, which needs two or
+    more of them. binary is ubinary - 128, in int8.
+    """
+    check_precision(precision)
+    if precision == "float32":
+        return vectors
+    if precision in ("binary", "ubinary"):
+        bits = np.packbits(vectors > 0, axis=-1)
+        return bits if precision == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
+    if ranges is None:
+        if len(vectors) < 2:
+            raise ValueError(f"precision {precision!r} takes each dimension's range from the embeddings, and there is only one; pass ranges=.")
+        ranges = np.stack([vectors.min(axis=0), vectors.max(axis=0)])
+    ranges = np.asarray(ranges, dtype=np.float32)
+    if ranges.shape != (2, vectors.shape[-1]):
+        raise ValueError(f"ranges has shape {ranges.shape}; expected (2, {vectors.shape[-1]}): least and largest value of each dimension.")
+    steps = (ranges[1] - ranges[0]) / 255
+    steps = np.where(steps == 0, np.float32(1), steps)
+    values = np.clip(np.floor((vectors - ranges[0]) / steps), 0, 255)
+    return values.astype(np.uint8) if precision == "uint8" else (values - 128).astype(np.int8)
+
+
+def as_float(vectors: Any) -> Tensor:
+    """Vectors of any kind (array, tensor, list of either) as a float tensor [N, dim], float32 where they are narrower."""
+    if isinstance(vectors, list | tuple) and len(vectors) and isinstance(vectors[0], Tensor):
+        vectors = torch.stack(list(vectors))
+    tensor = vectors if isinstance(vectors, Tensor) else torch.as_tensor(np.asarray(vectors))
+    tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor[None] if tensor.dim() == 1 else tensor
+
+
+def similarity(name: str, a: Any, b: Any, *, pairwise: bool = False) -> Tensor:
+    """Scores [N, M], or [N] pairwise: cosine, dot, or the negative euclidean or manhattan distance."""
+    a, b = as_float(a), as_float(b).to(as_float(a).dtype)
+    if name in ("cosine", "dot"):
+        if name == "cosine":
+            a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
+        return (a * b).sum(-1) if pairwise else a @ b.T
+    order = 2.0 if name == "euclidean" else 1.0
+    return -torch.linalg.vector_norm(a - b, order, dim=-1) if pairwise else -torch.cdist(a, b, order)

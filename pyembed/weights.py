@@ -1,0 +1,237 @@
+"""safetensors to Weights: tensors are copied one at a time from the mapped file into their merged, converted, final place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pyembed.config import DenseConfig, ModelConfig, TensorNames
+from pyembed.jsonfile import Fields
+from pyembed.linear import linear
+from pyembed.model import Head, Layer, Weights
+from pyembed.ops import Norm
+from pyembed.rope import Rotary
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+Shapes = dict[str, tuple[int, ...]]
+
+
+class TensorFiles:
+    """The tensors of one or several safetensors files by name, checked against what is expected before any is read."""
+
+    def __init__(self, paths: Sequence[Path], prefixes: Sequence[str] = (), ignored: Sequence[str] = ()) -> None:
+        self.paths = list(paths)
+        self.places: dict[str, tuple[Any, str, Path]] = {}  # canonical name -> open file, its name there, path
+        skip = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or r"(?!)")
+        for path in self.paths:
+            file = open_safetensors(path)
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                short = next((name[len(p) :] for p in sorted(prefixes, key=len, reverse=True) if name.startswith(p)), name)
+                if skip.fullmatch(name) or skip.fullmatch(short):
+                    continue
+                short = re.sub(r"(LayerNorm)\.gamma$", r"\1.weight", re.sub(r"(LayerNorm)\.beta$", r"\1.bias", short))
+                if short in self.places:
+                    raise ValueError(f"{path}: tensor {name!r} is there twice, also in {self.places[short][2]} as {self.places[short][1]!r}.")
+                self.places[short] = (file, name, path)
+
+    def check(self, expected: Shapes) -> None:
+        """ValueError that lists every missing, unexpected and misshapen tensor."""
+        where = str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0].parent} ({len(self.paths)} files)"
+        missing, extra = sorted(expected.keys() - self.places.keys()), sorted(self.places.keys() - expected.keys())
+        wrong = []
+        for name in expected.keys() & self.places.keys():
+            file, stored, path = self.places[name]
+            part = file.get_slice(stored)
+            shape = tuple(part.get_shape())
+            if shape != expected[name]:
+                wrong.append(f"{stored} in {path.name} has shape {list(shape)}, config.json says {list(expected[name])}")
+            if part.get_dtype() not in FLOATS:
+                wrong.append(f"{stored} in {path.name} is {part.get_dtype()}; expected one of {', '.join(FLOATS)}")
+        problems = [f"{kind}: {shorten(names)}" for kind, names in (("missing", missing), ("not expected", extra), ("wrong", sorted(wrong))) if names]
+        if problems:
+            raise ValueError(f"The tensors of {where} do not fit its config.json; " + "; ".join(problems) + ".")
+
+    def copy(self, name: str, to: Tensor) -> None:
+        """Copy a tensor into its place, converted to its dtype. ValueError naming it when a value is not finite there."""
+        file, stored, path = self.places[name]
+        to.copy_(file.get_tensor(stored))
+        low, high = torch.aminmax(to)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            finite = all(torch.isfinite(bound) for bound in torch.aminmax(file.get_tensor(stored)))
+            reason = f"values that overflow {to.dtype}; choose another dtype" if finite else "NaN or infinite values"
+            raise ValueError(f"{path}: tensor {stored!r} has {reason}.")
+
+
+def shorten(names: Sequence[str], limit: int = 6) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def open_safetensors(path: Path) -> Any:
+    """An open file; header, offsets and sizes are checked by the safetensors library. ValueError naming the file when they are wrong."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error}); download it again.") from error
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """model.safetensors, or the shards of its index. OSError / ValueError with the way out when there is none."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        if any(directory.glob("pytorch_model*.bin*")):
+            raise ValueError(f"{directory} has its weights only as pickles (.bin), which pyembed does not read; run `pyembed convert {directory}` once.")
+        raise FileNotFoundError(f"{directory} has no weights: neither model.safetensors nor model.safetensors.index.json is there.")
+    weight_map = Fields.of(index).get("weight_map", dict)
+    shards = sorted({str(shard) for shard in weight_map.values()})
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise ValueError(f"{index} names the shard {shard!r}; expected a file beside it.")
+        if not (directory / shard).is_file():
+            raise FileNotFoundError(f"{index} names the shard {shard}, which is not in {directory}; download it again.")
+    for shard in shards:
+        held = set(open_safetensors(directory / shard).keys())
+        absent = sorted(name for name, place in weight_map.items() if place == shard and name not in held)
+        if absent:
+            raise ValueError(f"{index} says that {shard} holds {shorten(absent)}; it does not.")
+    return [directory / shard for shard in shards]
+
+
+def expected_shapes(config: ModelConfig, names: TensorNames) -> Shapes:
+    """Every tensor that the forward pass reads, with its shape."""
+    hidden, heads, groups, width = config.hidden_size, config.num_heads, config.num_key_value_heads, config.head_dim
+    shapes: Shapes = {f"{names.tokens}.weight": (config.vocab_size, hidden)}
+
+    def add_norm(name: str | None, size: int = hidden) -> None:
+        if name is not None:
+            shapes[f"{name}.weight"] = (size,)
+            if config.norm == "layer":
+                shapes[f"{name}.bias"] = (size,)
+
+    def add_linear(name: str, out: int, width: int, bias: bool) -> None:
+        shapes[f"{name}.weight"] = (out, width)
+        if bias:
+            shapes[f"{name}.bias"] = (out,)
+
+    if names.positions is not None:
+        shapes[f"{names.positions}.weight"] = (config.position_rows, hidden)
+    if names.types is not None:
+        shapes[f"{names.types}.weight"] = (config.type_rows, hidden)
+    add_norm(names.embedding_norm if config.embedding_norm else None)
+    add_norm(names.final_norm if config.final_norm else None)
+    for n in range(config.num_layers):
+        at = names.layers.format(n=n)
+        for name, count in zip(names.qkv, (heads, groups, groups), strict=True):
+            add_linear(at + name, count * width, hidden, config.qkv_bias)
+        add_linear(at + names.out, hidden, heads * width, config.out_bias)
+        for name in names.up:
+            add_linear(at + name, config.intermediate_size, hidden, config.bias)
+        add_linear(at + names.down, hidden, config.intermediate_size, config.bias)
+        for norm_name in (names.attention_norm, names.mlp_norm, names.post_attention_norm, names.post_mlp_norm):
+            add_norm(at + norm_name if norm_name else None)
+        if config.qk_norm:
+            add_norm(f"{at}{names.q_norm}", width)
+            add_norm(f"{at}{names.k_norm}", width)
+    return shapes
+
+
+def load(
+    directory: Path,
+    config: ModelConfig,
+    names: TensorNames,
+    dense: Sequence[tuple[Path, DenseConfig]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Weights:
+    """The weights of `directory` on `device` in `dtype`; norms and Dense modules in float32.
+
+    At any time the process holds the weights read so far, and one matrix more while it is merged, converted or packed.
+    """
+    files = TensorFiles(weight_files(directory), names.prefixes, names.ignored)
+    shapes = expected_shapes(config, names)
+    files.check(shapes)
+
+    def tensor(*parts: str, dtype: torch.dtype = dtype) -> Tensor:
+        rows = [shapes[part][0] for part in parts]
+        merged = torch.empty((sum(rows), *shapes[parts[0]][1:]), dtype=dtype, device=device)
+        for part, place in zip(parts, merged.split(rows), strict=True):
+            files.copy(part, place)
+        return merged
+
+    def linear_of(at: str, parts: Sequence[str]) -> Any:
+        weight = tensor(*(f"{at}{part}.weight" for part in parts))
+        biased = f"{at}{parts[0]}.bias" in shapes
+        return linear(weight, tensor(*(f"{at}{part}.bias" for part in parts)) if biased else None)
+
+    def norm(name: str | None) -> Norm | None:
+        if name is None or f"{name}.weight" not in shapes:
+            return None
+        weight = tensor(f"{name}.weight", dtype=torch.float32)
+        layer = config.norm == "layer"
+        return Norm(
+            weight=weight + 1 if config.norm == "rms_plus_one" else weight,
+            bias=tensor(f"{name}.bias", dtype=torch.float32) if layer else None,
+            eps=config.norm_eps,
+            layer=layer,
+            round_first=config.norm == "rms",
+        )
+
+    def needed(name: str) -> Norm:
+        made = norm(name)
+        assert made is not None, name
+        return made
+
+    def layers() -> Iterator[Layer]:
+        for n in range(config.num_layers):
+            at = names.layers.format(n=n)
+            yield Layer(
+                qkv=linear_of(at, names.qkv),
+                out=linear_of(at, (names.out,)),
+                up=linear_of(at, names.up),
+                down=linear_of(at, (names.down,)),
+                attention_norm=needed(at + names.attention_norm),
+                mlp_norm=needed(at + names.mlp_norm),
+                post_attention_norm=norm(names.post_attention_norm and at + names.post_attention_norm),
+                post_mlp_norm=norm(names.post_mlp_norm and at + names.post_mlp_norm),
+                q_norm=norm(names.q_norm and at + names.q_norm),
+                k_norm=norm(names.k_norm and at + names.k_norm),
+                window=config.windows[n],
+                rope=config.rope_of_layer[n] if config.rope_of_layer else None,
+            )
+
+    # transformers multiplies by the scale as rounded to the weights' dtype
+    rounded = replace(config, embed_scale=float(torch.tensor(config.embed_scale).to(dtype)))
+    return Weights(
+        config=rounded,
+        tokens=tensor(f"{names.tokens}.weight"),
+        positions=tensor(f"{names.positions}.weight") if names.positions else None,
+        type_row=tensor(f"{names.types}.weight")[0].clone() if names.types else None,
+        embedding_norm=norm(names.embedding_norm),
+        layers=tuple(layers()),
+        final_norm=norm(names.final_norm),
+        rotary=tuple(Rotary(each, device) for each in config.ropes),
+        heads=tuple(load_dense(path, each, device) for path, each in dense),
+    )
+
+
+def load_dense(directory: Path, config: DenseConfig, device: torch.device) -> Head:
+    """A Dense module, kept in float32: it sees N rows, not T."""
+    files = TensorFiles(weight_files(directory))
+    shapes: Shapes = {"linear.weight": (config.out_features, config.in_features)}
+    if config.bias:
+        shapes["linear.bias"] = (config.out_features,)
+    files.check(shapes)
+    tensors = {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
+    for name, place in tensors.items():
+        files.copy(name, place)
+    return Head(linear(tensors["linear.weight"], tensors.get("linear.bias")), config.activation)
