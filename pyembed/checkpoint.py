@@ -52,11 +52,15 @@ def read_checkpoint(
     refuse_remote_code(fields, recipe, decided=pooling is not None and causal is not None)
 
     if recipe is not None and recipe.name not in recipes(family):
-        raise ValueError(f"Recipe {recipe.name!r} is not for {fields.get('model_type', str)} models; those are {', '.join(recipes(family)) or 'none'}.")
+        theirs = ", ".join(recipes(family)) or "none"
+        raise ValueError(f"Recipe {recipe.name!r} is not for {fields.get('model_type', str)} models; those are {theirs}.")
     decided = causal if causal is not None else recipe.causal if recipe is not None else None
-    sources["mask"] = "argument" if causal is not None else f"recipe {recipe.name}" if recipe and decided is not None else str(fields.path.name)
+    named = f"recipe {recipe.name}" if recipe is not None else ""
+    sources["mask"] = "argument" if causal is not None else named if decided is not None else fields.path.name
     if decided is not None:
-        fields.values.update(is_causal=decided, use_bidirectional_attention=not decided)
+        fields.values["is_causal"] = decided
+        if decided:  # a flag that agrees stays: a Gemma 3 with it halves its window
+            fields.values["use_bidirectional_attention"] = None
     model = family.read(fields)
     if recipe is not None and recipe.full_attention:
         model = replace(model, windows=(None,) * model.num_layers)
@@ -164,7 +168,8 @@ def read_modules(directory: Path) -> list[tuple[str, str]]:
     order = [kind for kind, _ in modules]
     middle = order[2:-1] if order[-1:] == ["Normalize"] else order[2:]
     if order[:2] != ["Transformer", "Pooling"] or any(kind != "Dense" for kind in middle):
-        raise ValueError(f"{path}: the modules {order} are not supported; expected Transformer, Pooling, any number of Dense, then Normalize or not.")
+        chain = "Transformer, Pooling, any number of Dense, then Normalize or not"
+        raise ValueError(f"{path}: the modules {order} are not supported; expected {chain}.")
     return modules
 
 
@@ -202,10 +207,12 @@ def read_dense(directory: Path, modules: Sequence[tuple[str, str]], width: int) 
         fields = Fields.of(directory / where / "config.json")
         name = fields.get("activation_function", str, "torch.nn.modules.activation.Tanh").rpartition(".")[2].lower()
         if name not in ("identity", "tanh", "gelu", "relu", "silu"):
-            raise ValueError(f"{fields.path}: activation_function {name!r} is not supported; pyembed knows Identity, Tanh, GELU, ReLU and SiLU.")
-        for key, usual in (("module_input_name", "sentence_embedding"), ("module_output_name", "sentence_embedding")):
-            if fields.get(key, str, usual) != usual:
-                raise ValueError(f"{fields.path}: {key} is {fields.values[key]!r}; only Dense modules on the sentence embedding are supported.")
+            raise ValueError(
+                f"{fields.path}: activation_function {name!r} is not supported; pyembed knows Identity, Tanh, GELU, ReLU and SiLU."
+            )
+        for key in ("module_input_name", "module_output_name"):
+            if (given := fields.get(key, str, "sentence_embedding")) != "sentence_embedding":
+                raise ValueError(f"{fields.path}: {key} is {given!r}; only Dense modules on the sentence embedding are supported.")
         if fields.get("use_residual", bool, False):
             raise ValueError(f"{fields.path}: use_residual is true, which pyembed does not support.")
         inside, outside = fields.positive("in_features"), fields.positive("out_features")

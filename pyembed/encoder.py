@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,17 +16,15 @@ from torch import Tensor
 
 from pyembed import engine, ops, prompts, quantize, weights
 from pyembed.checkpoint import SIMILARITIES, read_checkpoint
-from pyembed.config import ModelSpec, Pooling, Recipe
-from pyembed.families import recipe_of_id, recipes
+from pyembed.config import ModelSpec
 from pyembed.hub import resolve
-from pyembed.ops import POOL_MODES
+from pyembed.options import as_texts, check_dtype, check_pooling, check_positive, choose_device, default_length, find_recipe, native_dtype
 from pyembed.probes import check_ids, check_mask
 from pyembed.quantize import Array, Precision
 from pyembed.tokenizer import Tokenizer
 from pyembed.tokenizer import load as load_tokenizer
 
 logger = logging.getLogger("pyembed")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Encoder:
@@ -168,7 +164,8 @@ class Encoder:
         least, table = len(self.tokenizer.prefix) + len(self.tokenizer.suffix) + 1, self._spec.model.position_offset is not None
         most = self._spec.model.max_positions
         if (value is None and table) or (value is not None and (value < least or (table and value > most))):
-            raise ValueError(f"max_seq_length is {value}; expected {least} (one token and the specials) to {most if table else 'any number'}.")
+            most_text = f"to {most}" if table else "or more"
+            raise ValueError(f"max_seq_length is {value}; expected {least} (one token and the specials) {most_text}.")
         self._max_seq_length = value
 
     def __repr__(self) -> str:
@@ -181,8 +178,9 @@ class Encoder:
         pooling = "+".join(spec.pooling.modes) + ("" if spec.pooling.include_prompt else " without prompt")
         head = "".join(f", Dense {each.in_features}->{each.out_features}" for each in spec.dense) + (", L2" if spec.normalize else "")
         borrowed = f" (from the reference: {', '.join(module.FROM_REFERENCE)})" if module.FROM_REFERENCE else ""
+        recipe = spec.recipe.name if spec.recipe else None
         return (
-            f"Encoder({self.model!r}, {self._family.name}, {config.num_layers} layers, recipe={spec.recipe.name if spec.recipe else None},\n"
+            f"Encoder({self.model!r}, {self._family.name}, {config.num_layers} layers, recipe={recipe},\n"
             f"  device={self.device}, dtype={str(self.dtype).removeprefix('torch.')}, mask={mask}, pooling={pooling}{head},\n"
             f"  dim={self.dim}, max_seq_length={self.max_seq_length}, backend={module.__name__.removeprefix('pyembed.ops.')}{borrowed})"
         )
@@ -363,19 +361,6 @@ class Encoder:
         return shaped[0] if single else shaped
 
 
-def as_texts(inputs: Any) -> tuple[bool, Iterable[str]]:
-    """Whether it is one text, and the texts: a list where their number is known, else the iterator itself."""
-    if isinstance(inputs, str):
-        return True, [inputs]
-    if isinstance(inputs, bytes | dict | set) or not hasattr(inputs, "__iter__"):
-        raise TypeError(f"inputs is a {type(inputs).__name__}; expected a str or an iterable of str.")
-    if isinstance(inputs, np.ndarray):
-        return False, inputs.tolist()
-    if hasattr(inputs, "__len__"):
-        return False, inputs if isinstance(inputs, list | tuple) else list(inputs)
-    return False, inputs
-
-
 def collect(results: Iterable[engine.Window], count: int | None, device: torch.device, *, on_device: bool) -> Tensor:
     """All vectors [N, dim]; written into one array as they come where their number is known."""
     target = device if on_device else torch.device("cpu")
@@ -403,66 +388,3 @@ def rebuild(arguments: dict[str, Any], max_seq_length: int | None) -> Encoder:
     encoder = Encoder(**arguments)
     encoder._max_seq_length = max_seq_length
     return encoder
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """CUDA where there is one, unless a device is named. ValueError for a device that is unknown or absent."""
-    if device is None:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device is {device!r}; expected 'cpu', 'cuda' or 'cuda:N'.") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {device!r}; pyembed runs on 'cpu' and 'cuda'.")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {device!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use 'cpu' or install a CUDA build of torch.")
-    return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
-
-
-def check_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """The dtype asked for; None for "auto"."""
-    name = str(dtype).removeprefix("torch.")
-    if name != "auto" and name not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected 'auto', {', '.join(map(repr, DTYPES))}.")
-    return DTYPES.get(name)
-
-
-def native_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it: AVX512-BF16 or AMX on a CPU, compute capability 8.0 on CUDA. Else float32."""
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
-def find_recipe(name: str | None, model: str) -> Recipe | None:
-    """The recipe asked for, or the one of a known hub id."""
-    if name is None:
-        return None if Path(model).is_dir() else recipe_of_id(model)
-    if name not in recipes():
-        raise ValueError(f"recipe is {name!r}; expected one of {', '.join(recipes())}.")
-    return recipes()[name]
-
-
-def check_pooling(pooling: str | Sequence[str] | None, include_prompt: bool | None) -> Pooling | None:
-    if pooling is None:
-        return None
-    modes = (pooling,) if isinstance(pooling, str) else tuple(pooling)
-    if not modes or any(mode not in POOL_MODES for mode in modes):
-        raise ValueError(f"pooling is {pooling!r}; expected one or several of {', '.join(POOL_MODES)}.")
-    return Pooling(modes, include_prompt is not False)  # type: ignore[arg-type]
-
-
-def check_positive(name: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"{name} is {value!r}; expected a positive integer.")
-
-
-def default_length(spec: ModelSpec, tokenizer: Tokenizer) -> int | None:
-    """The stated limit, else the smaller of the tokenizer's and the model's; never more than a table of learned positions holds."""
-    limit = spec.max_seq_length
-    if limit is None:
-        limit = min(tokenizer.model_max_length or spec.model.max_positions, spec.model.max_positions)
-    return limit if spec.model.position_offset is None else min(limit, spec.model.max_positions)

@@ -14,7 +14,13 @@ from pyembed.config import ModelSpec
 from pyembed.model import Head, Weights
 from pyembed.ops import Ops
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda x: x, "tanh": torch.tanh, "gelu": F.gelu, "relu": torch.relu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "relu": torch.relu,
+    "silu": F.silu,
+}
 
 
 def pool(hidden: Tensor, spec: ModelSpec, weights: Weights, batch: PackedBatch, ops: Ops) -> Tensor:

@@ -44,9 +44,13 @@ def packable(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """A Linear of a weight [out_features, in_features] on its device, packed once where that measures faster."""
+    """A Linear of a weight [out_features, in_features] on its device, packed once where that measures faster.
+
+    A packed Linear never shares memory with `weight`, which the caller may use again.
+    """
     out_features, in_features = weight.shape
     packed = packable(weight.device, weight.dtype)
     if packed:
-        weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        reordered = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        weight = reordered if reordered.is_mkldnn else weight.clone()
     return Linear(weight, bias, packed, in_features, out_features)

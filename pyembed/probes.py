@@ -42,5 +42,5 @@ def check_mask(model: Loaded) -> None:
         hidden = forward(model.weights, batch, model.ops)
         moved, same = not torch.equal(hidden[0], hidden[2]), torch.equal(hidden[0], hidden[4])
     if moved == config.causal or not same:
-        claimed = "causal" if config.causal else "bidirectional"
-        raise ValueError(f"The mask probe failed: the model is said to be {claimed}, but its first token {'saw' if moved else 'did not see'} the next.")
+        claimed, found = "causal" if config.causal else "bidirectional", "saw" if moved else "did not see"
+        raise ValueError(f"The mask probe failed: the model is said to be {claimed}, but its first token {found} the next.")

@@ -33,32 +33,32 @@ def quantize(vectors: Array, precision: Precision, ranges: Array | None = None) 
         return bits if precision == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
     if ranges is None:
         if len(vectors) < 2:
-            raise ValueError(f"precision {precision!r} takes each dimension's range from the embeddings, and there is only one; pass ranges=.")
+            raise ValueError(f"precision {precision!r} takes each dimension's range from several embeddings; for one pass ranges=.")
         ranges = np.stack([vectors.min(axis=0), vectors.max(axis=0)])
     ranges = np.asarray(ranges, dtype=np.float32)
     if ranges.shape != (2, vectors.shape[-1]):
         raise ValueError(f"ranges has shape {ranges.shape}; expected (2, {vectors.shape[-1]}): least and largest value of each dimension.")
     steps = (ranges[1] - ranges[0]) / 255
     steps = np.where(steps == 0, np.float32(1), steps)
-    values = np.clip(np.floor((vectors - ranges[0]) / steps), 0, 255)
+    values: Array = np.clip(np.floor((vectors - ranges[0]) / steps), 0, 255)
     return values.astype(np.uint8) if precision == "uint8" else (values - 128).astype(np.int8)
 
 
 def as_float(vectors: Any) -> Tensor:
-    """Vectors of any kind (array, tensor, list of either) as a float tensor [N, dim], float32 where they are narrower."""
+    """Vectors of any kind (array, tensor, list of either) as a float32 tensor [N, dim]."""
     if isinstance(vectors, list | tuple) and len(vectors) and isinstance(vectors[0], Tensor):
         vectors = torch.stack(list(vectors))
     tensor = vectors if isinstance(vectors, Tensor) else torch.as_tensor(np.asarray(vectors))
-    tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
-    return tensor[None] if tensor.dim() == 1 else tensor
+    return torch.atleast_2d(tensor.float())
 
 
 def similarity(name: str, a: Any, b: Any, *, pairwise: bool = False) -> Tensor:
     """Scores [N, M], or [N] pairwise: cosine, dot, or the negative euclidean or manhattan distance."""
-    a, b = as_float(a), as_float(b).to(as_float(a).dtype)
+    a, b = as_float(a), as_float(b)
     if name in ("cosine", "dot"):
         if name == "cosine":
             a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
         return (a * b).sum(-1) if pairwise else a @ b.T
     order = 2.0 if name == "euclidean" else 1.0
-    return -torch.linalg.vector_norm(a - b, order, dim=-1) if pairwise else -torch.cdist(a, b, order)
+    distances: Tensor = torch.linalg.vector_norm(a - b, order, dim=-1) if pairwise else torch.cdist(a, b, order)
+    return -distances

@@ -91,7 +91,8 @@ def mistral_like(post_processor: str = "<s> $A") -> tokenizers.Tokenizer:
 
 def byte_level(specials: list[str], size: int = 600) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.Split(tokenizers.Regex(r" ?\S+|\s+"), "isolated")  # merges that GPT-2's and Qwen2's words do not reach
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         TEXTS[:200], trainers.BpeTrainer(vocab_size=size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
@@ -178,13 +179,13 @@ def test_tokenizer_config_decides_the_normalizer_of_bert(file: str, config: dict
     assert ids != lists(minilm, texts)
 
 
-@pytest.mark.parametrize("kind", ["BertTokenizerFast", "PreTrainedTokenizerFast", None])
+@pytest.mark.parametrize("kind", ["BertTokenizerFast", "MPNetTokenizer", "PreTrainedTokenizerFast", None])
 def test_where_tokenizer_config_is_silent_the_class_decides(kind: str | None, tmp_path: Path, minilm: Tokenizer) -> None:
     from transformers import AutoTokenizer
 
     stored = json.loads((MINILM / "tokenizer.json").read_text(encoding="utf-8"))
     stored["normalizer"]["lowercase"] = False
-    write(tmp_path, tokenizer=stored, tokenizer_config={} if kind is None else {"tokenizer_class": kind})
+    write(tmp_path, tokenizer=stored, tokenizer_config={"tokenizer_class": kind, "cls_token": "[CLS]", "sep_token": "[SEP]"})
     copy(tmp_path, "config.json")
     tokenizer = load(tmp_path)
     assert lists(tokenizer, ["Hello"]) == AutoTokenizer.from_pretrained(tmp_path)(["Hello"])["input_ids"]
@@ -203,6 +204,16 @@ def test_lowercase_is_sentence_transformers_lowercase(tmp_path: Path) -> None:
     assert tokenizer.lowercase
     assert lists(tokenizer, texts) == reference(texts)["input_ids"]
     assert lists(tokenizer, texts) != lists(load(tmp_path), texts)
+
+
+def test_lowercase_goes_first_and_only_once(tmp_path: Path) -> None:
+    stored = byte_level([])
+    changed = normalizers.Replace("A", "zz")
+    there = normalizers.Sequence([changed, normalizers.Lowercase()])
+    for normalizer, same in ((changed, "a"), (normalizers.Sequence([changed]), "a"), (there, "zz")):
+        stored.normalizer = normalizer
+        tokenizer = load(saved(tmp_path, stored), lowercase=True)
+        assert lists(tokenizer, ["A"]) == lists(tokenizer, [same])
 
 
 # Specials
@@ -245,6 +256,21 @@ def test_flags_add_and_never_remove(stored: str, add_bos: bool | None, add_eos: 
     for token, flag in (("<s>", add_bos), ("</s>", add_eos)):
         assert (f"{token} added" in tokenizer.source) == (flag is True and token not in stored)
         assert (f"{token} kept" in tokenizer.source) == (flag is False and token in stored)
+
+
+def test_a_flag_keeps_other_specials(tmp_path: Path) -> None:
+    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "add_eos_token": True}
+    stored = mistral_like()
+    stored.post_processor = template("<unk> $A <unk>", stored, "<unk>")
+    assert lists(load(saved(tmp_path, stored, **config)), [""]) == [[1, 0, 0, 2]]
+
+
+def test_ids_of_specials_count_in_the_vocabulary(tmp_path: Path) -> None:
+    stored = mistral_like()
+    stored.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 5000)])
+    assert load(saved(tmp_path, stored)).vocab_size == 5001
+    with pytest.raises(ValueError, match="2147483648; ids are 32 bit"):
+        load(saved(tmp_path, tokenizers.Tokenizer(models.WordLevel({"a": 2**31}, unk_token="a"))))
 
 
 def test_special_tokens_map_names_the_specials(tmp_path: Path) -> None:
@@ -309,7 +335,7 @@ def test_max_length_must_leave_room(tmp_path: Path) -> None:
 
 ROBERTA = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 MASK = {"content": "<mask>", "lstrip": True, "normalized": False, "rstrip": False, "single_word": False}
-ADDED = {str(600 + i): {"content": token, "special": i < 2} for i, token in enumerate([END, "<|im_start|>", "<|tool|>"])}
+ADDED = {"602": {"content": "<|é|>"}, "600": {"content": "<|ü|>", "special": True}, "601": {"content": END, "special": True}}
 
 
 ROBERTA_CLASS, GPT2_CLASS, QWEN2_CLASS = ({"tokenizer_class": f"{name}Tokenizer"} for name in ("Roberta", "GPT2", "Qwen2"))
@@ -327,13 +353,19 @@ ROBERTA_CLASS, GPT2_CLASS, QWEN2_CLASS = ({"tokenizer_class": f"{name}Tokenizer"
         ([], {"tokenizer_config": {**GPT2_CLASS, "pad_token": "<pad>"}}),
         (["<pad>", "</s>"], {"tokenizer_config": {**GPT2_CLASS, "add_bos_token": True, "bos_token": "</s>"}}),  # OPT
         ([], {"tokenizer_config": {**QWEN2_CLASS, "added_tokens_decoder": ADDED, "bos_token": None, "unk_token": None}}),
-        ([], {"tokenizer_config": {**QWEN2_CLASS, "added_tokens_decoder": ADDED, "add_eos_token": True, "eos_token": END}}),
+        (
+            [],
+            {
+                "tokenizer_config": {**QWEN2_CLASS, "added_tokens_decoder": ADDED, "add_eos_token": True, "eos_token": END},
+                "special_tokens_map": {"eos_token": "<|ü|>"},  # added_tokens_decoder is newer
+            },
+        ),
         (
             [],
             {
                 "tokenizer_config": QWEN2_CLASS,
-                "added_tokens": {END: 600, "<|im_start|>": 601, "<|tool|>": 602},
-                "special_tokens_map": {"eos_token": END, "additional_special_tokens": ["<|im_start|>"]},
+                "added_tokens": {"<|é|>": 602, "<|ü|>": 600, END: 601},
+                "special_tokens_map": {"eos_token": END, "additional_special_tokens": ["<|ü|>"]},
             },
         ),
         ([END], {"config": {"model_type": "qwen3"}}),
@@ -345,7 +377,7 @@ def test_vocab_json_and_merges_give_transformers_ids(specials: list[str], files:
     byte_level(specials).model.save(str(tmp_path))
     write(tmp_path, **files)
     reference, tokenizer = AutoTokenizer.from_pretrained(tmp_path), load(tmp_path)
-    texts = [*TEXTS[:100], *ODD, f"<|im_start|>user {END}<|tool|> é", "x  <mask> y<s>"]
+    texts = [*TEXTS[:100], *ODD, f"<|ü|>user {END}<|é|> é", "<|u\u0308|> and <|e\u0301|> decomposed", "x  <mask> y<s>"]
     assert lists(tokenizer, texts) == reference(texts)["input_ids"]
     assert tokenizer.vocab_size == len(reference)
     assert tokenizer.source.startswith("vocab.json")
@@ -388,22 +420,24 @@ def test_a_broken_tokenizer_json_is_named(content: bytes, tmp_path: Path) -> Non
 
 
 def test_a_template_without_the_text_is_refused(tmp_path: Path) -> None:
-    for single in ("<s>", "$A $A"):
-        with pytest.raises(ValueError, match=r"tokenizer\.json"):
+    for single, times in (("<s>", 0), ("$A $A", 2)):
+        with pytest.raises(ValueError, match=rf"tokenizer\.json: the post-processor returns a text {times} times"):
             load(saved(tmp_path, mistral_like(single)))
 
 
-def test_a_panic_of_the_library_is_a_value_error(tmp_path: Path, minilm: Tokenizer) -> None:
-    class PanicException(BaseException):
-        """Derives from BaseException, as pyo3's does."""
+def test_a_panic_of_the_library_is_a_value_error(tmp_path: Path) -> None:
+    stored = json.loads(mistral_like().to_str())
+    stored["post_processor"]["special_tokens"] = {}
+    with pytest.raises(ValueError, match=r"tokenizer\.json: the post-processor fails") as caught:
+        load(write(tmp_path, tokenizer=stored))
+    assert not isinstance(caught.value.__cause__, Exception)  # pyo3's PanicException derives from BaseException
 
-    class Panicking:
-        def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> None:
-            raise PanicException("index out of bounds")
 
-    broken = Tokenizer(Panicking(), "tokenizer.json", False, 1, None, [], [])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"tokenizer\.json\) failed \(index out of bounds\)\."):
-        broken.encode(["x"], None)
+def test_an_error_while_encoding_names_the_file(tmp_path: Path) -> None:
+    stored = json.loads(unigram().to_str())
+    stored["model"]["unk_id"] = None
+    with pytest.raises(ValueError, match=r"tokenizer\.json\) failed \(.*unk_id"):
+        load(write(tmp_path, tokenizer=stored)).encode(["\u2603"], None)
 
 
 SMALL = {"bpe": mistral_like().to_str(), "unigram": unigram().to_str(), "bytes": byte_level([END], 300).to_str()}

@@ -21,8 +21,9 @@ def read(fields: Fields) -> ModelConfig:
     period = fields.positive("sliding_window_pattern", fields.positive("_sliding_window_pattern", 6)) if three else 2
     pattern = tuple("sliding_attention" if (n + 1) % period else "full_attention" for n in range(layers))
     types = layer_types(fields, layers, pattern)
-    # A bidirectional Gemma 3 halves its window: |q - k| <= size // 2. Gemma 2 has no rule of its own.
-    sliding = (size // 2, size // 2) if three and not causal else window(size, causal)
+    # Gemma 3's own flag halves the window: |q - k| <= size // 2. is_causal: false does not, and Gemma 2 has no rule of its own.
+    halved = three and not causal and fields.values.get("use_bidirectional_attention") not in (None, False, "vision")
+    sliding = (size // 2, size // 2) if halved else window(size, causal)
     if fields.get("attention_bias", bool, False):
         raise ValueError(f"{fields.path}: attention_bias is true; no published Gemma has biases, and pyembed does not support them.")
     return ModelConfig(
@@ -40,7 +41,7 @@ def read(fields: Fields) -> ModelConfig:
         norm="rms_plus_one",
         activation=cast(
             "Literal['silu', 'gelu', 'gelu_tanh']",
-            activation(fields, "hidden_activation", fields.get("hidden_act", str, "gelu_pytorch_tanh")),
+            activation(fields, "hidden_activation", "gelu_pytorch_tanh"),  # transformers does not read Gemma's `hidden_act`
         ),
         qk_norm=three,
         embed_scale=hidden**0.5,

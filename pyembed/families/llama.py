@@ -21,7 +21,7 @@ def read(fields: Fields) -> ModelConfig:
     if flag is None and "modeling_qwen.Qwen2Model" in str(fields.values.get("auto_map")):
         flag = True  # gte-Qwen2 and its relatives: the class of that name is bidirectional unless is_causal says otherwise
     causal = not flag
-    size = fields.get("sliding_window", int, None)
+    size = fields.get("sliding_window", int, None if "sliding_window" in fields.values else 4096)  # null is none, absent the default
     if kind in ("qwen2", "qwen3"):
         size = size if fields.get("use_sliding_window", bool, False) else None
         first = fields.get("max_window_layers", int, 28)

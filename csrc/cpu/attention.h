@@ -1,0 +1,314 @@
+// Softmax attention within each sequence, in one pass over the keys (online softmax). Same contract as reference.attention.
+//
+// Queries lie across the lanes of a vector and keys and head dimensions are broadcast, so that nothing is ever summed across lanes:
+// scores S[key][lane], then O[d][lane] += P[key][lane] * V[key][d]. A lane is one query of one head; the heads that share a key/value
+// head share a chunk of LANES lanes. Since lanes never meet, keys come in blocks counted from the start of the sequence, and a hidden
+// key adds exactly zero, a query's bits depend on its own sequence and position only: not on its tile, its neighbours or the threads.
+//
+// Work: 4 * K FLOPs per query and visible key, and about 15 instructions of softmax per 16 of them. Blocks no query of the tile can
+// see are skipped.
+
+constexpr int LANES = 64;
+constexpr int KEYS = 64;    // keys of a block
+constexpr int ROUND = 8;    // K and keys are padded in scratch to a multiple of this: what register blocks may overrun
+
+// Rows that are broadcast against QV vectors of queries: enough independent sums to hide the latency of FMA, within the registers.
+template <int QV>
+constexpr int BROADCAST = QV <= 2 && W == 16 ? 8 : 4;
+
+struct Chunk {       // scratch of one thread while it works on LANES lanes
+    float* q;        // [K, LANES]
+    float* k;        // [KEYS, Kp], Kp = K rounded up
+    float* v;        // [KEYS, Kp]
+    float* s;        // [KEYS, LANES] scores, then weights
+    float* o;        // [Kp, LANES] weighted sum of values so far
+    float* top;      // [LANES] largest score so far, in units of log2
+    float* total;    // [LANES] sum of weights so far
+    float* shrink;   // [LANES] what the block's new largest score does to earlier sums
+    float* position; // [LANES] of the query
+    float* row;      // [LANES] start of the head's row of the bias table
+    int64_t Kp;
+    int vectors;     // in use, LANES / W at most
+};
+
+static inline int64_t padded(int64_t n) { return (n + ROUND - 1) / ROUND * ROUND; }
+
+static inline Chunk chunk_scratch(int64_t K) {
+    Chunk c{};
+    c.Kp = padded(K);
+    float* at = scratch((3 * c.Kp + KEYS) * LANES + 2 * KEYS * c.Kp - c.Kp * LANES + 5 * LANES);
+    c.q = at;
+    c.k = c.q + c.Kp * LANES;
+    c.v = c.k + KEYS * c.Kp;
+    c.s = c.v + KEYS * c.Kp;
+    c.o = c.s + KEYS * LANES;
+    c.top = c.o + c.Kp * LANES;
+    c.total = c.top + LANES;
+    c.shrink = c.total + LANES;
+    c.position = c.shrink + LANES;
+    c.row = c.position + LANES;
+    return c;
+}
+
+// Float32 copies of `count` rows of K, zeros up to Kp.
+template <class T>
+static inline void pack_rows(const T* from, int64_t stride, int64_t count, int64_t K, float* to, int64_t Kp) {
+    for (int64_t j = 0; j < count; ++j, from += stride, to += Kp) {
+        for (int64_t d = 0; d < K; d += W) store_row(to, d, Kp, load_row(from, d, K));
+    }
+}
+
+// S[key][lane] = q . k for BROADCAST keys and QV vectors of queries.
+template <int QV>
+static inline void score_block(const float* q, const float* k, int64_t K, int64_t Kp, float* s) {
+    constexpr int R = BROADCAST<QV>;
+    V acc[R][QV];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < QV; ++i) acc[r][i] = zero();
+    for (int64_t d = 0; d < K; ++d) {
+        V x[QV];
+#pragma GCC unroll 4
+        for (int i = 0; i < QV; ++i) x[i] = load(q + d * LANES + i * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const V y = set1(k[r * Kp + d]);
+#pragma GCC unroll 4
+            for (int i = 0; i < QV; ++i) acc[r][i] = fma(x[i], y, acc[r][i]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < QV; ++i) store(s + r * LANES + i * W, acc[r][i]);
+}
+
+// O[d][lane] = O * shrink + P . V for BROADCAST dimensions and QV vectors of queries.
+template <int QV>
+static inline void value_block(const float* p, const float* v, int64_t count, int64_t Kp, const float* shrink, float* o) {
+    constexpr int R = BROADCAST<QV>;
+    V acc[R][QV];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < QV; ++i) acc[r][i] = zero();
+    for (int64_t j = 0; j < count; ++j) {
+        V x[QV];
+#pragma GCC unroll 4
+        for (int i = 0; i < QV; ++i) x[i] = load(p + j * LANES + i * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const V y = set1(v[j * Kp + r]);
+#pragma GCC unroll 4
+            for (int i = 0; i < QV; ++i) acc[r][i] = fma(x[i], y, acc[r][i]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < QV; ++i) {
+            float* at = o + r * LANES + i * W;
+            store(at, fma(load(at), load(shrink + i * W), acc[r][i]));
+        }
+}
+
+template <int QV>
+static inline void scores(const Chunk& c, int lane, int64_t count, int64_t K) {
+    for (int64_t j = 0; j < count; j += BROADCAST<QV>) score_block<QV>(c.q + lane, c.k + j * c.Kp, K, c.Kp, c.s + j * LANES + lane);
+}
+template <int QV>
+static inline void values(const Chunk& c, int lane, int64_t count, int64_t K) {
+    for (int64_t d = 0; d < K; d += BROADCAST<QV>) {
+        value_block<QV>(c.s + lane, c.v + d, count, c.Kp, c.shrink + lane, c.o + d * LANES + lane);
+    }
+}
+
+// Calls scores or values for all vectors in use, QMAX at a time.
+#define PYEMBED_FOR_LANES(FUNCTION)                                        \
+    for (int i = 0; i < c.vectors; i += QMAX) {                            \
+        switch (least(QMAX, c.vectors - i)) {                              \
+            case 1: FUNCTION<1>(c, i * W, count, K); break;                \
+            case 2: FUNCTION<2>(c, i * W, count, K); break;                \
+            case 3: FUNCTION<(QMAX > 2 ? 3 : 1)>(c, i * W, count, K); break; \
+            case 4: FUNCTION<(QMAX > 2 ? 4 : 1)>(c, i * W, count, K); break; \
+        }                                                                  \
+    }
+static inline void all_scores(const Chunk& c, int64_t count, int64_t K) { PYEMBED_FOR_LANES(scores) }
+static inline void all_values(const Chunk& c, int64_t count, int64_t K) { PYEMBED_FOR_LANES(values) }
+#undef PYEMBED_FOR_LANES
+
+constexpr float LOG2E = 1.44269504f;
+
+struct Limits {  // which keys a query sees, by key position minus query position
+    float low, high;
+    bool partly;  // some key of the block is hidden from some query of the tile
+};
+
+// Scale, softcap, bias and mask: raw products to scores in units of log2.
+static inline void finish_scores(const AttentionParams& p, const Chunk& c, int64_t first, int64_t count, const Limits& limits) {
+    const V scale = set1(p.softcap > 0 ? p.scale / p.softcap : p.scale * LOG2E), cap = set1(p.softcap * LOG2E);
+    const V radius = set1(float(p.radius)), low = set1(limits.low), high = set1(limits.high), hidden = set1(-__builtin_inff());
+    for (int64_t j = 0; j < count; ++j) {
+        for (int i = 0; i < c.vectors; ++i) {
+            float* at = c.s + j * LANES + i * W;
+            const V distance = set1(float(first + j)) - load(c.position + i * W);
+            V s = load(at) * scale;
+            if (p.softcap > 0) s = tanh(s) * cap;
+            if (p.bias) {
+                const V column = min(radius, max(zero() - radius, distance)) + radius;
+                s = fma(gather(p.bias, column + load(c.row + i * W)), set1(LOG2E), s);
+            }
+            if (limits.partly) s = if_less(distance, low, hidden, if_less(high, distance, hidden, s));
+            store(at, s);
+        }
+    }
+}
+
+// Scores to weights 2^(s * unit - largest), rounded to T before they meet V while their sum is not; updates top, total and shrink.
+template <class T>
+static inline void weigh(const Chunk& c, int64_t count, float unit) {
+    const V units = set1(unit);
+    for (int i = 0; i < c.vectors; ++i) {
+        float* s = c.s + i * W;
+        V top = set1(-__builtin_inff());
+        for (int64_t j = 0; j < count; ++j) top = max(top, load(s + j * LANES));
+        const V before = load(c.top + i * W);
+        top = max(before, top * units);
+        const V pivot = if_less(set1(-__builtin_inff()), top, top, zero());  // nothing seen yet: -inf - -inf would be NaN
+        const V shrink = exp2_negative(before - pivot);
+        V sum = zero();
+        for (int64_t j = 0; j < count; ++j) {
+            const V weight = exp2_negative(fma(load(s + j * LANES), units, zero() - pivot));
+            sum = sum + weight;
+            store(s + j * LANES, round_to<T>(weight));
+        }
+        store(c.top + i * W, top);
+        store(c.shrink + i * W, shrink);
+        store(c.total + i * W, fma(load(c.total + i * W), shrink, sum));
+    }
+}
+
+// One query of one head per lane: lane l is query first + l % queries of head head + l / queries.
+struct Span {
+    int64_t token;     // row of q and out of the tile's first query
+    int64_t queries;   // of the tile
+    int64_t head;      // first head of the group
+    int64_t position;  // of the tile's first query
+    int64_t lane, lanes;  // of the tile's queries * heads, which this chunk has
+};
+
+template <class T>
+static inline void load_queries(const AttentionParams& p, const Span& span, const Chunk& c) {
+    for (int i = 0; i < c.vectors; ++i) {
+        const T* from[W];
+        for (int l = 0; l < W; ++l) {
+            const int64_t at = i * W + l < span.lanes ? span.lane + i * W + l : span.lane;  // idle lanes repeat the first
+            const int64_t query = at % span.queries, head = span.head + at / span.queries;
+            from[l] = (const T*)p.q.data + (span.token + query) * p.q.token_stride + head * p.q.head_stride;
+            c.position[i * W + l] = float(span.position + query);
+            c.row[i * W + l] = float(head * (2 * p.radius + 1));
+        }
+        for (int64_t d = 0; d < p.K; d += W) {
+            V rows[W];
+            for (int l = 0; l < W; ++l) rows[l] = load_row(from[l], d, p.K);
+            transpose(rows);
+            for (int64_t r = 0; r < least(W, p.K - d); ++r) store(c.q + (d + r) * LANES + i * W, rows[r]);
+        }
+    }
+}
+
+template <class T>
+static inline void store_queries(const AttentionParams& p, const Span& span, const Chunk& c) {
+    for (int i = 0; i < c.vectors; ++i) {
+        const V total = load(c.total + i * W);
+        const V inverse = set1(1.0f) / if_less(zero(), total, total, total + set1(1.0f));  // no key seen: 0 / 1
+        for (int64_t d = 0; d < p.K; d += W) {
+            V rows[W];
+            for (int64_t r = 0; r < W; ++r) rows[r] = d + r < p.K ? load(c.o + (d + r) * LANES + i * W) * inverse : zero();
+            transpose(rows);
+            for (int64_t l = 0; l < least(W, span.lanes - i * W); ++l) {
+                const int64_t at = span.lane + i * W + l;
+                T* to = (T*)p.out + ((span.token + at % span.queries) * p.H + span.head + at / span.queries) * p.K;
+                store_row(to, d, p.K, round_to<T>(rows[l]));
+            }
+        }
+    }
+}
+
+// Keys or values first .. first + count of a text whose first `shared` positions are its prefix.
+template <class T>
+static inline void pack_block(const HeadRows& prefix, int64_t prefix_row, int64_t shared, const HeadRows& own, int64_t own_row, int64_t g,
+                              int64_t first, int64_t count, const Chunk& c, int64_t K, float* to) {
+    const int64_t from_prefix = most(0, least(count, shared - first));
+    if (from_prefix > 0) {
+        const T* at = (const T*)prefix.data + (prefix_row + first) * prefix.token_stride + g * prefix.head_stride;
+        pack_rows(at, prefix.token_stride, from_prefix, K, to, c.Kp);
+    }
+    if (from_prefix < count) {
+        const T* at = (const T*)own.data + (own_row + first + from_prefix - shared) * own.token_stride + g * own.head_stride;
+        pack_rows(at, own.token_stride, count - from_prefix, K, to + from_prefix * c.Kp, c.Kp);
+    }
+}
+
+template <class T>
+static void attend(const AttentionParams& p, int64_t n, int64_t tile, int64_t g) {
+    const int64_t own = p.cu_k[n + 1] - p.cu_k[n], all_queries = p.cu_q[n + 1] - p.cu_q[n];
+    const int64_t which = p.prefix_k.data ? p.prefix_of[n] : -1;
+    const int64_t prefix_row = which < 0 ? 0 : p.cu_p[which], shared = which < 0 ? 0 : p.cu_p[which + 1] - prefix_row;
+    const int64_t length = shared + own, start = p.q_start ? p.q_start[n] : length - all_queries;
+    const int64_t group = p.H / p.G, skipped = tile * QUERY_TILE;
+
+    Span span{};
+    span.token = p.cu_q[n] + skipped;
+    span.queries = least(QUERY_TILE, all_queries - skipped);
+    span.head = g * group;
+    span.position = start + skipped;
+    const int64_t last = span.position + span.queries - 1;
+    const int64_t right = p.causal ? 0 : p.right;
+    const int64_t seen_from = p.left < 0 ? 0 : most(0, span.position - p.left);
+    const int64_t seen_to = right < 0 ? length : least(length, last + right + 1);
+    Limits limits{p.left < 0 ? -__builtin_inff() : float(-p.left), right < 0 ? __builtin_inff() : float(right), false};
+
+    Chunk c = chunk_scratch(p.K);
+    for (; span.lane < group * span.queries; span.lane += LANES) {
+        span.lanes = least(LANES, group * span.queries - span.lane);
+        c.vectors = int((span.lanes + W - 1) / W);
+        load_queries<T>(p, span, c);
+        for (int64_t i = 0; i < c.Kp * LANES; i += W) store(c.o + i, zero());
+        for (int i = 0; i < LANES; i += W) {
+            store(c.top + i, set1(-__builtin_inff()));
+            store(c.total + i, zero());
+        }
+        for (int64_t first = seen_from, end; first < seen_to; first = end) {
+            end = least(seen_to, (first / KEYS + 1) * KEYS);
+            const int64_t count = end - first;
+            pack_block<T>(p.prefix_k, prefix_row, shared, p.k, p.cu_k[n], g, first, count, c, p.K, c.k);
+            for (int64_t i = count * c.Kp; i < padded(count) * c.Kp; i += ROUND) {
+                for (int r = 0; r < ROUND; ++r) c.k[i + r] = 0.0f;
+            }
+            pack_block<T>(p.prefix_v, prefix_row, shared, p.v, p.cu_k[n], g, first, count, c, p.K, c.v);
+            all_scores(c, count, p.K);
+            limits.partly = (p.left >= 0 && first < last - p.left) || (right >= 0 && end - 1 > span.position + right);
+            const bool plain = !limits.partly && p.softcap == 0 && !p.bias && p.scale > 0;
+            if (!plain) finish_scores(p, c, first, count, limits);
+            weigh<T>(c, count, plain ? p.scale * LOG2E : 1.0f);
+            all_values(c, count, p.K);
+        }
+        store_queries<T>(p, span, c);
+    }
+}
+
+template <class T>
+static void attend_all(const AttentionParams& p) {
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic)
+    for (int64_t item = 0; item < p.num_tiles * p.G; ++item) {
+        const int32_t* entry = p.tiles + 2 * (item / p.G);
+        attend<T>(p, entry[0], entry[1], item % p.G);
+    }
+}
+
+static void attention(const AttentionParams& p) {
+    ran(ISA);
+    p.dtype == Dtype::f32 ? attend_all<float>(p) : attend_all<bf16>(p);
+}

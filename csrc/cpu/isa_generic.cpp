@@ -1,0 +1,11 @@
+// The kernels for the compiler's baseline.
+#include "dispatch.h"
+
+namespace pyembed {
+namespace generic {
+#include "vec_generic.h"
+
+#include "kernels.h"
+}  // namespace generic
+const Kernels generic_kernels = generic::kernels;
+}  // namespace pyembed

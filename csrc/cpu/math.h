@@ -1,0 +1,97 @@
+// Elementary functions on vectors, and rows of any length. Polynomials are minimax fits; errors are relative unless said otherwise.
+
+// The first n < W or W elements at p + i of a row of length `end`.
+template <class T>
+static inline V load_row(const T* p, int64_t i, int64_t end) {
+    return i + W <= end ? load(p + i) : load_n(p + i, end - i);
+}
+template <class T>
+static inline void store_row(T* p, int64_t i, int64_t end, V v) {
+    if (i + W <= end) {
+        store(p + i, v);
+    } else {
+        store_n(p + i, v, end - i);
+    }
+}
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Float32 rounded to the precision of T. Rounding is apart from `store`, so that what was rounded can be used further.
+template <class T>
+static inline V round_to(V v);
+template <>
+inline V round_to<float>(V v) { return v; }
+template <>
+inline V round_to<bf16>(V v) { return round_bf16(v); }
+
+// 2^(n + r) for integral n in [-126, 127] and |r| <= 1/2, error 1e-7.
+static inline V exp2_parts(V n, V r) {
+    V p = set1(1.535336202522962e-4f);
+    p = fma(p, r, set1(1.3398874650570672e-3f));
+    p = fma(p, r, set1(9.61843735914081e-3f));
+    p = fma(p, r, set1(5.5503324705357834e-2f));
+    p = fma(p, r, set1(0.24022647913590464f));
+    p = fma(p, r, set1(0.693147202855337f));
+    return ldexp(fma(p, r, set1(1.0f)), n);
+}
+
+// 2^x for x <= 0. Below 2^-126 it is 0, so that a hidden score of -inf weighs nothing at all; NaN stays NaN.
+static inline V exp2_negative(V x) {
+    const V low = set1(-126.0f), bounded = max(low, x), n = round_even(bounded);
+    return if_less(x, low, zero(), exp2_parts(n, bounded - n));
+}
+
+// e^x, clamped to [2^-126, 2^127]. x is reduced by n * ln 2 in two parts: x * log2(e) alone would lose the bits that matter.
+static inline V exp(V x) {
+    const V bounded = min(set1(88.0f), max(set1(-87.0f), x));
+    const V n = round_even(bounded * set1(1.44269504f));
+    const V r = fma(n, set1(-1.9082149292705877e-10f), fma(n, set1(-0.693147180369123816f), bounded));
+    return exp2_parts(n, r * set1(1.44269504f));
+}
+
+// tanh: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel. Error 2e-7.
+static inline V tanh(V x) {
+    const V size = abs(x), u = x * x;
+    V p = set1(-5.515160999104964e-3f);
+    p = fma(p, u, set1(2.0469417128205374e-2f));
+    p = fma(p, u, set1(-5.368802219969591e-2f));
+    p = fma(p, u, set1(0.13330830333693247f));
+    p = fma(p, u, set1(-0.3333325984760808f));
+    const V near = fma(x * u, p, x);
+    const V far = set1(1.0f) - set1(2.0f) / (exp(size + size) + set1(1.0f));
+    return if_less(size, set1(0.625f), near, with_sign(far, x));
+}
+
+// erf: an odd rational function on [-3.95, 3.95], beyond which it is 1 in float32. Error 2e-7.
+static inline V erf(V x) {
+    const V t = min(set1(3.95f), max(set1(-3.95f), x)), u = t * t;
+    V p = set1(2.0258855102725444e-6f);
+    p = fma(p, u, set1(2.8468816208308817e-4f));
+    p = fma(p, u, set1(3.80822326388624e-3f));
+    p = fma(p, u, set1(5.287564669515724e-2f));
+    p = fma(p, u, set1(0.19155186944188105f));
+    p = fma(p, u, set1(1.128379143761186f));
+    V q = set1(3.78315863160793e-5f);
+    q = fma(q, u, set1(1.1707386606662556e-3f));
+    q = fma(q, u, set1(1.5055219003818659e-2f));
+    q = fma(q, u, set1(0.11456026103703378f));
+    q = fma(q, u, set1(0.5030911002287232f));
+    q = fma(q, u, set1(1.0f));
+    return t * p / q;
+}
+
+// W rows of W become their transpose: log2(W) rounds of interleaving row i with row i + W / 2.
+static inline void transpose(V* rows) {
+    V next[W];
+#pragma GCC unroll 4
+    for (int round = 1; round < W; round *= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W / 2; ++i) {
+            next[2 * i] = zip_low(rows[i], rows[i + W / 2]);
+            next[2 * i + 1] = zip_high(rows[i], rows[i + W / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) rows[i] = next[i];
+    }
+}

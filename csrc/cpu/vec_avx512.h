@@ -1,0 +1,55 @@
+// Sixteen floats with AVX-512 F, BW, DQ and VL. The names are explained in vec_generic.h.
+
+constexpr const char* ISA = "avx512";
+constexpr int W = 16;
+constexpr int QMAX = 4;
+
+using V = __m512;
+using VI = __m512i;
+
+static inline V set1(float x) { return _mm512_set1_ps(x); }
+static inline V zero() { return _mm512_setzero_ps(); }
+
+static inline __mmask16 first(int64_t n) { return __mmask16((1u << n) - 1); }
+static inline V load(const float* p) { return _mm512_loadu_ps(p); }
+static inline V load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+static inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+static inline void store_n(float* p, V v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
+
+static inline V widen(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
+static inline V load(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+static inline V load_n(const bf16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
+
+static inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+static inline V max(V a, V b) { return _mm512_max_ps(a, b); }
+static inline V min(V a, V b) { return _mm512_min_ps(a, b); }
+static inline V abs(V a) { return _mm512_andnot_ps(set1(-0.0f), a); }
+static inline V with_sign(V magnitude, V sign) { return _mm512_or_ps(magnitude, _mm512_and_ps(set1(-0.0f), sign)); }
+static inline V if_less(V a, V b, V yes, V no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
+static inline V if_nan(V a, V yes, V no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), no, yes); }
+static inline V round_even(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline V ldexp(V a, V n) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
+}
+static inline V gather(const float* table, V index) { return _mm512_i32gather_ps(_mm512_cvtps_epi32(index), table, 4); }
+static inline V zip_low(V a, V b) {
+    const VI order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return _mm512_permutex2var_ps(a, order, b);
+}
+static inline V zip_high(V a, V b) {
+    const VI order = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return _mm512_permutex2var_ps(a, order, b);
+}
+static inline V swap_pairs(V a) { return _mm512_permute_ps(a, 0xb1); }
+static inline float sum(V v) { return _mm512_reduce_add_ps(v); }
+static inline float largest(V v) { return _mm512_reduce_max_ps(v); }
+
+static inline V round_bf16(V v) {
+    const VI bits = _mm512_castps_si512(v);
+    const VI even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const VI up = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
+    return if_nan(v, set1(__builtin_nanf("")), _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(int(0xffff0000)))));
+}
+static inline __m256i narrow(V v) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16)); }
+static inline void store(bf16* p, V v) { _mm256_storeu_si256((__m256i*)p, narrow(v)); }
+static inline void store_n(bf16* p, V v, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow(v)); }

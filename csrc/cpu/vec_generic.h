@@ -1,0 +1,73 @@
+// Four floats by the compiler's own vector type: SSE2, NEON or whatever the baseline has.
+//
+// Every vec_*.h defines the same names. `max` and `min` return b where either is NaN; `if_less` is false there. load_n and store_n
+// touch the first n < W elements only, and the other lanes read as zero.
+
+constexpr const char* ISA = "generic";
+constexpr int W = 4;     // lanes
+constexpr int QMAX = 2;  // vectors of queries that attention holds in registers at once
+
+typedef float V __attribute__((vector_size(16)));
+typedef int32_t VI __attribute__((vector_size(16)));
+
+static inline V set1(float x) { return V{x, x, x, x}; }
+static inline V zero() { return set1(0.0f); }
+
+static inline V load(const float* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline V load_n(const float* p, int64_t n) {
+    V v = zero();
+    for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+    return v;
+}
+static inline void store(float* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
+static inline void store_n(float* p, V v, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+
+static inline V load_n(const bf16* p, int64_t n) {
+    VI bits = {0, 0, 0, 0};
+    for (int64_t i = 0; i < n; ++i) bits[i] = int32_t(uint32_t(p[i].bits) << 16);
+    return (V)bits;
+}
+static inline V load(const bf16* p) { return load_n(p, W); }
+
+static inline V fma(V a, V b, V c) { return a * b + c; }
+static inline V max(V a, V b) { return a > b ? a : b; }
+static inline V min(V a, V b) { return a < b ? a : b; }
+static inline V abs(V a) { return (V)((VI)a & 0x7fffffff); }
+static inline V with_sign(V magnitude, V sign) { return (V)((VI)magnitude | ((VI)sign & INT32_MIN)); }
+static inline V if_less(V a, V b, V yes, V no) { return a < b ? yes : no; }
+static inline V if_nan(V a, V yes, V no) { return a != a ? yes : no; }
+static inline V round_even(V a) {  // |a| < 2^22
+    const V magic = set1(12582912.0f);
+    return (a + magic) - magic;
+}
+static inline V ldexp(V a, V n) { return (V)((VI)a + (__builtin_convertvector(n, VI) << 23)); }
+static inline V gather(const float* table, V index) {
+    const VI i = __builtin_convertvector(index, VI);
+    return V{table[i[0]], table[i[1]], table[i[2]], table[i[3]]};
+}
+static inline V zip_low(V a, V b) { return __builtin_shuffle(a, b, VI{0, 4, 1, 5}); }
+static inline V zip_high(V a, V b) { return __builtin_shuffle(a, b, VI{2, 6, 3, 7}); }
+static inline V swap_pairs(V a) { return __builtin_shuffle(a, VI{1, 0, 3, 2}); }
+static inline float sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+static inline float largest(V v) {
+    float m = v[0];
+    for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
+    return m;
+}
+
+// Float32 rounded to bfloat16's precision, to nearest even; any NaN becomes the quiet one (its payload would not survive).
+static inline V round_bf16(V v) {
+    const VI bits = (VI)v;
+    const VI rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & int32_t(0xffff0000);
+    return v != v ? set1(__builtin_nanf("")) : (V)rounded;
+}
+static inline void store_n(bf16* p, V v, int64_t n) {  // v already has bfloat16's precision
+    for (int64_t i = 0; i < n; ++i) p[i].bits = uint16_t(uint32_t(((VI)v)[i]) >> 16);
+}
+static inline void store(bf16* p, V v) { store_n(p, v, W); }

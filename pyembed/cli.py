@@ -1,0 +1,360 @@
+"""The command line: pyembed encode | search | info | convert. Commands import what they need, so that help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyembed
+from pyembed import lines
+from pyembed.output import FORMATS, Output, check_path, partial
+
+if TYPE_CHECKING:
+    from pyembed.encoder import Encoder
+    from pyembed.engine import Stats
+
+EXPECTED = (KeyboardInterrupt, ValueError, TypeError, OSError, MemoryError)  # everything else is a bug and shows its traceback
+STORED = {"float32": "float32", "int8": "int8", "uint8": "uint8", "binary": "int8", "ubinary": "uint8"}  # precision -> dtype of the file
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    logging.basicConfig(format="pyembed: %(message)s")
+    warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except EXPECTED as error:
+        say(sentence(error))
+        return exit_code(error)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def stop(number: int, _: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def exit_code(error: BaseException) -> int:
+    """2, or what a shell reports for the signal that interrupted us: 130 for Ctrl-C, 143 for a polite kill."""
+    return 128 + (error.args[0] if error.args else signal.SIGINT) if isinstance(error, KeyboardInterrupt) else 2
+
+
+def sentence(error: BaseException) -> str:
+    """An error as one line."""
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted."
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    return " ".join(str(error).split()) or f"{type(error).__name__}."
+
+
+def say(message: str) -> None:
+    print(f"pyembed: {message}", file=sys.stderr, flush=True)
+
+
+# Commands
+
+
+def encode(args: argparse.Namespace) -> None:
+    form = lines.format_of(args.input, args.input_format)
+    check_path(args.output, overwrite=args.overwrite)
+    ranges = read_ranges(args)
+    with lines.open_input(args.input) as file:
+        encoder = load(args)
+        texts = (text for text, _ in lines.read(file, name_of(args.input), form, args.field))
+        rows = encoder.stream(
+            texts,
+            prompt=args.prompt,
+            prompt_name=args.prompt_name,
+            batch_size=args.batch_size,
+            show_progress_bar=False,
+            precision=args.precision,
+            normalize_embeddings=args.normalize,
+            ranges=ranges,
+        )
+        import numpy as np
+
+        dim = (encoder.dim + 7) // 8 if args.precision in ("binary", "ubinary") else encoder.dim
+        out = Output(args.output, dim, np.dtype(STORED[args.precision]), overwrite=args.overwrite)
+        start = time.perf_counter()
+        try:
+            with progress(encoder, None if args.quiet else lines.count(args.input, form), quiet=args.quiet):
+                for row in rows:
+                    out.append(row)
+            out.finish()
+        except BaseException as error:
+            out.keep()
+            kept = f"The first {out.rows:,} rows are valid in {partial(args.output)}." if out.rows else "No row was written."
+            if not isinstance(error, EXPECTED):
+                say(kept)
+                raise
+            say(f"{sentence(error)} {kept}")
+            raise SystemExit(exit_code(error)) from error
+    if not args.quiet:
+        say(f"{summary(encoder.stats, time.perf_counter() - start, encoder)} {args.output}: {out.rows:,} x {dim} {STORED[args.precision]}.")
+
+
+def search(args: argparse.Namespace) -> None:
+    from pyembed.search import Entry, check_index, nearest, show
+
+    if not args.query and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ValueError("No query was given; queries follow the corpus on the command line.")
+    if args.index is not None and args.index.suffix != ".npy":
+        raise ValueError(f"--index is {args.index}; expected the name of an .npy file.")
+    form = lines.format_of(args.corpus, args.input_format)
+    with lines.open_input(args.corpus) as file:
+        entries = [
+            Entry(str(record.get("title") or record.get("id") or f"{name_of(args.corpus)}:{number}"), text)
+            for number, (text, record) in enumerate(lines.read(file, name_of(args.corpus), form, args.field), 1)
+        ]
+    if not entries:
+        raise ValueError(f"{name_of(args.corpus)} holds no text to search.")
+    encoder = load(args)
+    if args.index is not None and args.index.exists():
+        vectors = check_index(args.index, encoder, entries)
+    else:
+        start = time.perf_counter()
+        with progress(encoder, len(entries), quiet=args.quiet):
+            vectors = encoder.encode_document([entry.text for entry in entries], batch_size=args.batch_size, show_progress_bar=False)
+        if not args.quiet:
+            say(summary(encoder.stats, time.perf_counter() - start, encoder))
+        if args.index is not None:
+            out = Output(args.index, encoder.dim, vectors.dtype, overwrite=True)
+            for row in vectors:
+                out.append(row)
+            out.finish()
+    for query in args.query or asked():
+        print(show(query, nearest(encoder, query, vectors, args.k), entries), flush=True)
+
+
+def asked() -> Iterator[str]:
+    """Queries typed at a prompt, until Ctrl-D."""
+    import readline  # noqa: F401 - input() then edits lines
+
+    print(f"{os.linesep}Type a query; Ctrl-D ends.")
+    while True:
+        try:
+            query = input("\n> ").strip()
+        except EOFError:
+            print()
+            return
+        if query:
+            yield query
+
+
+def info(args: argparse.Namespace) -> None:
+    from pyembed.info import describe, supported
+
+    print(supported() if args.model is None else describe(args))
+
+
+def convert(args: argparse.Namespace) -> None:
+    from pyembed.convert import convert
+
+    print(convert(args.directory, args.output))
+
+
+# What commands share
+
+
+def load(args: argparse.Namespace) -> Encoder:
+    from pyembed.encoder import Encoder
+
+    return Encoder(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        recipe=args.recipe,
+        pooling=args.pooling,
+        causal=args.causal,
+        truncate_dim=args.truncate_dim,
+        max_seq_length=args.max_seq_length,
+        tokens_per_batch=args.tokens_per_batch,
+        revision=args.revision,
+        local_files_only=args.offline,
+    )
+
+
+def read_ranges(args: argparse.Namespace) -> Any:
+    """The array of --ranges. ValueError where the precision needs it and it is not there."""
+    if args.ranges is None:
+        if args.precision in ("int8", "uint8"):
+            raise ValueError(
+                f"--precision {args.precision} needs --ranges FILE.npy, the least and largest value of each dimension [2, dim]: what is yet "
+                "to come is not known. From float32 vectors of the same kind: np.stack([v.min(0), v.max(0)])."
+            )
+        return None
+    import numpy as np
+
+    try:
+        return np.load(args.ranges, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{args.ranges} is not an .npy file ({error}).") from error
+
+
+def name_of(path: str) -> str:
+    return "standard input" if path == "-" else path
+
+
+def summary(stats: Stats, seconds: float, encoder: Encoder) -> str:
+    """What was done and how fast; texts that were cut or repaired are always told."""
+    out = f"{stats.texts:,} texts, {stats.tokens:,} tokens in {seconds:.1f} s: "
+    out += f"{stats.texts / seconds:,.0f} texts/s, {stats.tokens / seconds:,.0f} tokens/s; "
+    out += f"{stats.truncated:,} texts cut to {encoder.max_seq_length:,} tokens." if stats.truncated else "no text cut."
+    return out + (f" {stats.replaced:,} texts held lone surrogates, which became U+FFFD." if stats.replaced else "")
+
+
+@contextmanager
+def progress(encoder: Encoder, total: int | None, *, quiet: bool) -> Iterator[None]:
+    """A bar on stderr, drawn by a thread from the encoder's counts. With it, warnings wait for the summary, which repeats them."""
+    if quiet:
+        yield
+        return
+    from tqdm import tqdm
+
+    logger, level = logging.getLogger("pyembed"), logging.getLogger("pyembed").level
+    terminal = sys.stderr.isatty()
+    rates = "{n:,} of {total:,} texts [{elapsed}<{remaining}, " if total is not None else "{n:,} texts [{elapsed}, "
+    bar = tqdm(
+        total=total,
+        mininterval=0,  # the thread below sets the pace
+        smoothing=0,
+        dynamic_ncols=terminal,
+        bar_format=("{percentage:3.0f}%|{bar}| " if total is not None else "") + rates + "{rate_noinv_fmt}{postfix}]",
+        unit=" texts",
+    )
+    before, start, done = encoder.stats, time.perf_counter(), threading.Event()
+
+    def draw() -> None:
+        now = encoder.stats
+        tokens = (now.tokens - before.tokens) / (time.perf_counter() - start)
+        bar.n = now.texts - before.texts
+        bar.set_postfix_str(f"{tokens:,.0f} tokens/s")
+
+    def keep_drawing() -> None:
+        while not done.wait(0.2 if terminal else 5):
+            draw()
+
+    thread = threading.Thread(target=keep_drawing, daemon=True)
+    try:
+        logger.setLevel(logging.ERROR)
+        thread.start()
+        yield
+    finally:
+        done.set()
+        thread.join()
+        draw()
+        bar.close()
+        logger.setLevel(level)
+
+
+# Arguments
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="pyembed", description="Text to vectors with LLM embedding models.")
+    top.add_argument("--version", action="version", version=f"pyembed {pyembed.__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    one = commands.add_parser(
+        "encode",
+        help="texts of a file or pipe to a file of vectors",
+        description="Write the vector of each text. While it runs the file is OUT.partial; interrupted, that holds the rows so far.",
+    )
+    one.set_defaults(run=encode)
+    one.add_argument("model", metavar="MODEL", help="folder or hub id")
+    one.add_argument("input", metavar="INPUT", nargs="?", default="-", help="a file; - or nothing: standard input")
+    formats = f"the vectors: {', '.join(FORMATS)}; safetensors holds one tensor, embeddings; .jsonl one {{\"embedding\": [...]}} a line"
+    one.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help=formats)
+    one.add_argument("--overwrite", action="store_true", help="replace OUT and OUT.partial")
+    one.add_argument("--prompt", help="put this before each text")
+    one.add_argument("--prompt-name", help="put the model's prompt of this name before each text")
+    one.add_argument("--normalize", action="store_true", help="divide each vector by its length")
+    one.add_argument("--precision", choices=tuple(STORED), default="float32", help="of what is written; int8 and uint8 need --ranges")
+    one.add_argument("--ranges", type=Path, metavar="FILE.npy", help="least and largest value of each dimension, [2, dim]")
+    input_options(one)
+    model_options(one)
+
+    two = commands.add_parser(
+        "search",
+        help="the texts of a file that are nearest to a query",
+        description="Embed the texts of a file and answer queries with the nearest ones; without a query, ask for some.",
+    )
+    two.set_defaults(run=search)
+    two.add_argument("model", metavar="MODEL", help="folder or hub id")
+    two.add_argument("corpus", metavar="CORPUS", help="a file; JSONL may name its texts by title or id")
+    two.add_argument("query", metavar="QUERY", nargs="*")
+    two.add_argument("-k", type=positive, default=5, help="answers to a query (%(default)s)")
+    two.add_argument("--index", type=Path, metavar="FILE.npy", help="read the vectors of the corpus here, or write them here for the next time")
+    input_options(two)
+    model_options(two)
+
+    three = commands.add_parser(
+        "info",
+        help="what is detected of a model and from which file; without a model, what is supported",
+        description="What is detected of a model and from which file. Without MODEL: the architectures and recipes there are.",
+    )
+    three.set_defaults(run=info)
+    three.add_argument("model", metavar="MODEL", nargs="?", help="folder or hub id")
+    model_options(three)
+
+    four = commands.add_parser(
+        "convert", help="a folder with pickled weights (.bin) to safetensors", description="Write the weights of a .bin repository as safetensors."
+    )
+    four.set_defaults(run=convert)
+    four.add_argument("directory", metavar="DIR", type=Path)
+    four.add_argument("-o", "--output", metavar="OUT", type=Path, help="the file or folder to write; by default beside the .bin")
+    return top
+
+
+def input_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("input")
+    group.add_argument(
+        "--input-format",
+        choices=("text", "jsonl"),
+        help="text: one text a line, and an empty line is a text too; jsonl: one object a line, blank lines are left out. "
+        "By default what the suffix says (.txt or none, .jsonl, .ndjson); text on a pipe",
+    )
+    group.add_argument("--field", default="text", help="the field of a JSONL object that holds the text (%(default)s)")
+    group.add_argument("--batch-size", type=positive, help="at most so many texts in a batch; by default the token budget decides")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary")
+
+
+def model_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("model")
+    group.add_argument("--device", help="cpu, cuda, cuda:1; by default CUDA where there is one")
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the computation (%(default)s)")
+    group.add_argument("--recipe", help="how a model is used whose files do not say so; `pyembed info` lists them")
+    group.add_argument("--pooling", help="how hidden states become a vector: mean, lasttoken, cls, ...")
+    group.add_argument("--causal", action=argparse.BooleanOptionalAction, help="whether a token sees only those before it")
+    group.add_argument("--truncate-dim", type=positive, help="keep the first so many dimensions")
+    group.add_argument("--max-seq-length", type=positive, help="tokens a text is cut to; by default the model's")
+    group.add_argument("--tokens-per-batch", type=positive, help="token budget of a batch; by default the device's")
+    group.add_argument("--revision", help="branch, tag or commit of a hub id")
+    group.add_argument("--offline", action="store_true", help="use only what is on this machine")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""What `pyembed info` prints: what was detected of a model, and which file or recipe said so. No weights are read but their headers."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+from pyembed import ops, weights
+from pyembed.checkpoint import read_checkpoint
+from pyembed.config import ModelConfig, ModelSpec
+from pyembed.families import FAMILIES
+from pyembed.hub import resolve
+from pyembed.options import check_dtype, check_pooling, choose_device, default_length, find_recipe, native_dtype
+from pyembed.probes import PROBE, check_ids
+from pyembed.tokenizer import Tokenizer, load
+
+Row = tuple[str, str, str]  # label, what was found, where
+
+
+def supported() -> str:
+    """The architectures and recipes there are."""
+    out = ["Architectures (model_type of config.json):"]
+    out += [f"  {family.name:8} {', '.join(family.model_types)}" for family in FAMILIES]
+    out += ["", "Recipes, for models whose files do not say how they are used (a hub id finds its own; a folder needs --recipe):"]
+    for family in FAMILIES:
+        for recipe in family.recipes:
+            ids = ", ".join(recipe.ids) or f"any such {family.name} model"
+            out.append(f"  {recipe.name:18} {ids}")
+    return "\n".join(out)
+
+
+def describe(args: argparse.Namespace) -> str:
+    """The model of the command line, as a table."""
+    recipe = find_recipe(args.recipe, args.model)
+    directory = resolve(args.model, revision=args.revision, local_files_only=args.offline)
+    spec, family = read_checkpoint(directory, recipe=recipe, pooling=check_pooling(args.pooling, None), causal=args.causal)
+    rule = spec.recipe
+    tokenizer = load(
+        directory / spec.transformer_path,
+        prepend=rule.prepend if rule else (),
+        append=rule.append if rule else (),
+        lowercase=spec.lowercase,
+    )
+    check_ids(tokenizer, spec)
+    device = choose_device(args.device)
+    dtype = check_dtype(args.dtype) or native_dtype(device)
+    rows: list[Row] = [("folder", str(directory), "")]
+    rows += of_model(spec, family.name)
+    rows += of_vector(spec)
+    rows += of_text(spec, tokenizer, args.max_seq_length)
+    rows += of_files(directory, spec)
+    backend = ops.select(device)
+    borrowed = f" ({', '.join(backend.FROM_REFERENCE)} from the reference)" if backend.FROM_REFERENCE else ""
+    rows.append(("runs on", f"{device} in {str(dtype).removeprefix('torch.')}, kernels: {backend.__name__.rpartition('.')[2]}{borrowed}", ""))
+    rows.append(("not checked", "whether every weight fits config.json, and the mask: loading the model does", ""))
+    width = max(len(label) for label, _, _ in rows)
+    return "\n".join(f"{label:{width}}  {found}" + (f"  [{where}]" if where else "") for label, found, where in rows)
+
+
+def of_model(spec: ModelSpec, family: str) -> list[Row]:
+    config = spec.model
+    norm = {"rms": "RMSNorm", "rms_plus_one": "RMSNorm (1 + w)", "layer": "LayerNorm"}[config.norm]
+    mlp = f"{'gated ' if config.gated else ''}{config.activation} {config.intermediate_size:,}"
+    heads = f"{config.num_heads} heads of {config.head_dim}"
+    if config.num_key_value_heads != config.num_heads:
+        heads += f", {config.num_key_value_heads} for keys and values"
+    extras = [name for name, there in (("QK norm", config.qk_norm), ("QKV bias", config.qkv_bias), (f"softcap {config.softcap}", config.softcap)) if there]
+    return [
+        ("model", f"{family}, {config.num_layers} layers of {config.hidden_size:,}, MLP {mlp}, {config.block}-norm {norm}", "config.json"),
+        ("attention", ", ".join([heads, *extras]), "config.json"),
+        ("mask", mask(config), spec.sources["mask"]),
+        ("positions", positions(config), "config.json"),
+    ]
+
+
+def mask(config: ModelConfig) -> str:
+    out = "causal" if config.causal else "bidirectional"
+    for window in sorted({window for window in config.windows if window is not None}):
+        out += f", {config.windows.count(window)} of {config.num_layers} layers see {window[0]} keys before and {window[1]} after"
+    return out
+
+
+def positions(config: ModelConfig) -> str:
+    if config.position_offset is not None:
+        return f"learned, a table of {config.position_rows:,} rows"
+    found = []
+    for index, rope in enumerate(config.ropes):
+        factor = "" if rope.kind == "default" else f" {rope.kind} x{rope.factor:g}"
+        layers = f" in {config.rope_of_layer.count(index)} layers" if len(config.ropes) > 1 else ""
+        found.append(f"RoPE{factor}, theta {rope.theta:,.0f}, {rope.dim} of {config.head_dim} dimensions{layers}")
+    return "; ".join(found) + f"; up to {config.max_positions:,}" if found else "none"
+
+
+def of_vector(spec: ModelSpec) -> list[Row]:
+    pooling = " + ".join(spec.pooling.modes) + ("" if spec.pooling.include_prompt else ", without the prompt's tokens")
+    rows = [("pooling", pooling, spec.sources["pooling"])]
+    rows += [("dense", f"{head.in_features:,} to {head.out_features:,}, {head.activation}", f"{head.path}/config.json") for head in spec.dense]
+    full = spec.dense[-1].out_features if spec.dense else spec.model.hidden_size * len(spec.pooling.modes)
+    cut = f", cut to {spec.truncate_dim:,}" if spec.truncate_dim is not None and spec.truncate_dim < full else ""
+    length = "L2 norm 1" if spec.normalize else "not normalised"
+    rows.append(("vector", f"{full:,} dimensions{cut}, {length}, compared by {spec.similarity}", spec.sources["normalize"]))
+    return rows
+
+
+def of_text(spec: ModelSpec, tokenizer: Tokenizer, longest: int | None) -> list[Row]:
+    ids = tokenizer.encode([PROBE], None).ids[0].tolist()
+    ends = [" ".join(f"{tokenizer.backend.id_to_token(i)} ({i})" for i in part) for part in (ids[:2], ids[-2:])]
+    limit, source = (longest, "argument") if longest is not None else (default_length(spec, tokenizer), spec.sources["max_seq_length"])
+    rows = [
+        ("recipe", spec.recipe.name if spec.recipe else "none", ""),
+        ("max length", "any" if limit is None else f"{limit:,} tokens", source),
+        ("tokenizer", f"{tokenizer.vocab_size:,} tokens; a text begins {ends[0]} and ends {ends[1]}", tokenizer.source),
+    ]
+    prompts = {name: text for name, text in spec.prompts.items() if text}
+    for name, text in prompts.items():
+        default = ", the default" if name == spec.default_prompt_name else ""
+        rows.append(("prompt", f"{name}: {text!r}{default}", spec.sources.get("prompts", "")))
+    return rows if prompts else [*rows, ("prompts", "none", "")]
+
+
+def of_files(directory: Path, spec: ModelSpec) -> list[Row]:
+    """Counts from the headers of the weight files."""
+    paths = weights.weight_files(directory / spec.transformer_path)
+    paths += [path for head in spec.dense for path in weights.weight_files(directory / head.path)]
+    total, kinds = 0, set()
+    for path in paths:
+        file = weights.open_safetensors(path)
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            part = file.get_slice(name)
+            total += math.prod(part.get_shape())
+            kinds.add(part.get_dtype())
+    size = sum(path.stat().st_size for path in paths)
+    where = paths[0].name if len(paths) == 1 else f"{len(paths)} files"
+    return [("weights", f"{total:,} parameters, {size / 1e6:,.1f} MB as {', '.join(sorted(kinds))}", where)]

@@ -1,0 +1,310 @@
+"""The C++ kernels of csrc/cpu: same contracts as `reference`, for float32 and bfloat16.
+
+Each function checks what it is given (a ValueError says what came and what was expected), takes addresses, sizes and strides, and calls
+`pyembed._cpu`, which checks the indices inside tensors. float16 and float64 have no kernels here, since no CPU we know computes faster
+in them: such tensors go to the reference, by the first line of each op. `_cpu` is built by setup.py; without it this module does not
+import, and `ops.select` takes the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import pyembed._cpu as _cpu
+from pyembed.ops import POOL_MODES, DistanceBias, Norm, PoolMode, Prefix, Quant, Quantised, reference
+from pyembed.ops.reference import latent_attention as latent_attention
+
+FROM_REFERENCE: tuple[str, ...] = ("latent_attention",)
+
+# The numbers of the enumerations in csrc/params.h.
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_QUANTS: dict[Quant | None, int] = {None: 0, "int8": 1, "fp8": 2}
+_SWIGLU, _GEGLU, _GELU = 0, 1, 3  # the tanh variant follows the erf variant
+_POOL_MODES: dict[PoolMode, int] = {"cls": 0, "max": 1, "mean": 2, "mean_sqrt_len_tokens": 3, "weightedmean": 4, "lasttoken": 5}
+
+_NormArgument = tuple[int, int, float, bool, bool] | None
+
+
+def _no_kernel(x: Tensor) -> bool:
+    """Whether the reference computes for the dtype of `x`."""
+    return x.dtype is torch.float16 or x.dtype is torch.float64
+
+
+def _dtype(x: Tensor) -> int:
+    number = _DTYPES.get(x.dtype)
+    if number is None:
+        raise ValueError(f"activations must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    return number
+
+
+def _check(name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """`x` is in main memory, of that dtype and shape (-1: any size), and its last dimension is contiguous."""
+    if not x.is_cpu or x.dtype is not dtype:
+        raise ValueError(f"{name} must be a {dtype} tensor on the CPU, got {x.dtype} on {x.device}")
+    got = x.shape
+    if len(got) != len(shape) or any(want not in (-1, size) for want, size in zip(shape, got, strict=True)):
+        raise ValueError(f"{name} must have shape {list(shape)} (-1: any), got {list(got)}")
+    if got[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{name} must have unit stride in its last dimension, got strides {x.stride()}")
+    return x
+
+
+def _check_whole(name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> int:
+    """The address of a contiguous tensor."""
+    if not _check(name, x, dtype, *shape).is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {x.stride()} for shape {list(x.shape)}")
+    return x.data_ptr()
+
+
+def _check_rows_apart(name: str, x: Tensor) -> None:
+    """The rows of a tensor that is written do not overlap."""
+    if x.shape[0] > 1 and x.stride(0) < x.shape[1]:
+        raise ValueError(f"{name} is written, so its rows must not overlap, got strides {x.stride()} for shape {list(x.shape)}")
+
+
+def _norm_argument(norm: Norm | None, size: int) -> _NormArgument:
+    if norm is None:
+        return None
+    weight = 0 if norm.weight is None else _check_whole("norm.weight", norm.weight, torch.float32, size)
+    bias = 0 if norm.bias is None else _check_whole("norm.bias", norm.bias, torch.float32, size)
+    return weight, bias, norm.eps, norm.layer, norm.round_first
+
+
+def _rows_out(x: Tensor, size: int, quant: Quant | None) -> tuple[Tensor | Quantised, int, int, int]:
+    """Room for a result [T, size], and what the kernel wants to know about it: values, scales, kind."""
+    if quant is None:
+        out = torch.empty((x.shape[0], size), dtype=x.dtype)
+        return out, out.data_ptr(), 0, 0
+    if quant not in _QUANTS:
+        raise ValueError(f"quant must be None, 'int8' or 'fp8', got {quant!r}")
+    values = torch.empty((x.shape[0], size), dtype=torch.int8 if quant == "int8" else torch.float8_e4m3fn)
+    scale = torch.empty(x.shape[0], dtype=torch.float32)
+    return Quantised(values, scale), values.data_ptr(), scale.data_ptr(), _QUANTS[quant]
+
+
+def schedule(lengths: Sequence[int]) -> Tensor:
+    """[tiles, 2] int32: pieces of QUERY_TILE queries, which attention hands to its threads, as (sequence, piece); longest sequence first."""
+    sizes = torch.tensor(lengths, dtype=torch.int64)
+    order = torch.argsort(sizes, descending=True, stable=True)
+    counts = (sizes[order] + _cpu.QUERY_TILE - 1) // _cpu.QUERY_TILE
+    firsts = counts.cumsum(0) - counts
+    tiles = torch.arange(int(counts.sum())) - firsts.repeat_interleave(counts)
+    return torch.stack([order.repeat_interleave(counts), tiles], dim=1).to(torch.int32)
+
+
+def embed(
+    input_ids: Tensor,
+    tokens: Tensor,
+    *,
+    scale: float = 1.0,
+    positions: Tensor | None = None,
+    position_table: Tensor | None = None,
+    type_row: Tensor | None = None,
+    norm: Norm | None = None,
+) -> Tensor:
+    if _no_kernel(tokens):
+        return reference.embed(
+            input_ids, tokens, scale=scale, positions=positions, position_table=position_table, type_row=type_row, norm=norm
+        )
+    dtype = _dtype(tokens)
+    _check("tokens", tokens, tokens.dtype, -1, -1)
+    ids, rows, width = _check_whole("input_ids", input_ids, torch.int64, -1), input_ids.shape[0], tokens.shape[1]
+    position_rows, table = 0, (0, 0, 0)
+    if position_table is not None:
+        if positions is None:
+            raise ValueError("position_table was given without positions")
+        position_rows = _check_whole("positions", positions, torch.int64, rows)
+        _check("position_table", position_table, tokens.dtype, -1, width)
+        table = (position_table.data_ptr(), position_table.stride(0), position_table.shape[0])
+    type_address = 0 if type_row is None else _check_whole("type_row", type_row, tokens.dtype, width)
+    out = torch.empty((rows, width), dtype=tokens.dtype)
+    _cpu.embed(
+        dtype, torch.get_num_threads(), ids, rows, width, tokens.data_ptr(), tokens.stride(0), tokens.shape[0], scale,
+        position_rows, *table, type_address, _norm_argument(norm, width), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def _add_norm(x: Tensor, norm: Norm, residual: Tensor | None, quant: Quant | None) -> Tensor | Quantised:
+    dtype = _dtype(x)
+    rows, width = _check("x", x, x.dtype, -1, -1).shape
+    stream, stream_stride = 0, 0
+    if residual is not None:
+        _check_rows_apart("residual", _check("residual", residual, x.dtype, rows, width))
+        stream, stream_stride = residual.data_ptr(), residual.stride(0)
+    out, values, scale, kind = _rows_out(x, width, quant)
+    _cpu.norm(
+        dtype, torch.get_num_threads(), x.data_ptr(), rows, width, x.stride(0), stream, stream_stride,
+        _norm_argument(norm, width), values, scale, kind,
+    )  # fmt: skip
+    return out
+
+
+def rms_norm(x: Tensor, norm: Norm, *, residual: Tensor | None = None, quant: Quant | None = None) -> Tensor | Quantised:
+    if _no_kernel(x):
+        return reference.rms_norm(x, norm, residual=residual, quant=quant)
+    return _add_norm(x, norm, residual, quant)
+
+
+def layer_norm(x: Tensor, norm: Norm, *, residual: Tensor | None = None, quant: Quant | None = None) -> Tensor | Quantised:
+    if _no_kernel(x):
+        return reference.layer_norm(x, norm, residual=residual, quant=quant)
+    return _add_norm(x, norm, residual, quant)
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    num_heads: int,
+    num_key_value_heads: int,
+    *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    rows: Tensor | None = None,
+    interleaved: bool = False,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+) -> None:
+    if _no_kernel(qkv):
+        reference.qk_norm_rope(
+            qkv, num_heads, num_key_value_heads, cos=cos, sin=sin, rows=rows, interleaved=interleaved, q_norm=q_norm, k_norm=k_norm
+        )
+        return
+    dtype = _dtype(qkv)
+    tokens, width = _check("qkv", qkv, qkv.dtype, -1, -1).shape
+    _check_rows_apart("qkv", qkv)
+    head, rest = divmod(width, num_heads + 2 * num_key_value_heads)
+    if rest or num_key_value_heads < 1:
+        raise ValueError(f"qkv has {width} columns, which are not {num_heads} + 2 * {num_key_value_heads} heads")
+    tables = (0, 0, 0, 0, 0, 0, 0)
+    if cos is not None:
+        if sin is None or rows is None:
+            raise ValueError("cos was given without sin or rows")
+        positions, half = _check("cos", cos, torch.float32, -1, -1).shape
+        _check("sin", sin, torch.float32, positions, half)
+        if 2 * half > head:
+            raise ValueError(f"cos has {half} columns, which rotate {2 * half} dimensions, but a head has {head}")
+        of_tokens = _check_whole("rows", rows, torch.int64, tokens)
+        tables = (cos.data_ptr(), cos.stride(0), sin.data_ptr(), sin.stride(0), 2 * half, positions, of_tokens)
+    _cpu.rope(
+        dtype, torch.get_num_threads(), qkv.data_ptr(), tokens, qkv.stride(0), num_heads, num_key_value_heads, head,
+        *tables, interleaved, _norm_argument(q_norm, head), _norm_argument(k_norm, head),
+    )  # fmt: skip
+
+
+def _head_rows(x: Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    schedule: object,
+    *,
+    causal: bool,
+    window: tuple[int, int] | None = None,
+    scale: float,
+    softcap: float | None = None,
+    bias: DistanceBias | None = None,
+    prefix: Prefix | None = None,
+    q_start: Tensor | None = None,
+) -> Tensor:
+    if _no_kernel(q):
+        return reference.attention(
+            q, k, v, cu_q, cu_k, schedule,
+            causal=causal, window=window, scale=scale, softcap=softcap, bias=bias, prefix=prefix, q_start=q_start,
+        )  # fmt: skip
+    dtype = _dtype(q)
+    queries, heads, width = _check("q", q, q.dtype, -1, -1, -1).shape
+    keys, groups, _ = _check("k", k, q.dtype, -1, -1, width).shape
+    _check("v", v, q.dtype, keys, groups, width)
+    if groups < 1 or heads % groups:
+        raise ValueError(f"{heads} query heads are not a multiple of {groups} key/value heads")
+    if not isinstance(schedule, Tensor):
+        raise ValueError(f"schedule must be what schedule(lengths) of this module returned, got {type(schedule).__name__}")
+    tiles = _check_whole("schedule", schedule, torch.int32, -1, 2)
+    offsets_q, sequences = _check_whole("cu_q", cu_q, torch.int32, -1), cu_q.shape[0] - 1
+    if sequences < 0:
+        raise ValueError("cu_q must have one entry more than there are sequences, got none")
+    offsets_k = _check_whole("cu_k", cu_k, torch.int32, sequences + 1)
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    table, radius = 0, 0
+    if bias is not None:
+        table, radius = _check_whole("bias.table", bias.table, torch.float32, heads, -1), bias.radius
+        if bias.table.shape[1] != 2 * radius + 1:
+            raise ValueError(f"bias.table must have an odd number of columns, got {bias.table.shape[1]}")
+    shared: tuple[tuple[int, int, int], tuple[int, int, int], int, int, int, int] = ((0, 0, 0), (0, 0, 0), 0, 0, 0, 0)
+    if prefix is not None:
+        rows = _check("prefix.k", prefix.k, q.dtype, -1, groups, width).shape[0]
+        _check("prefix.v", prefix.v, q.dtype, rows, groups, width)
+        offsets_p = _check_whole("prefix.cu_p", prefix.cu_p, torch.int32, -1)
+        of_sequences = _check_whole("prefix.prefix_of", prefix.prefix_of, torch.int32, sequences)
+        shared = (_head_rows(prefix.k), _head_rows(prefix.v), rows, prefix.cu_p.shape[0] - 1, offsets_p, of_sequences)
+    starts = 0 if q_start is None else _check_whole("q_start", q_start, torch.int32, sequences)
+    left, right = (-1, -1) if window is None else window
+    out = torch.empty((queries, heads, width), dtype=q.dtype)
+    _cpu.attention(
+        dtype, torch.get_num_threads(), _head_rows(q), _head_rows(k), _head_rows(v), queries, keys, heads, groups, width,
+        sequences, offsets_q, offsets_k, tiles, schedule.shape[0], causal, left, right, scale, softcap or 0.0, table, radius,
+        *shared, starts, out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def _activation(kind: int, x: Tensor, gated: bool, quant: Quant | None) -> Tensor | Quantised:
+    dtype = _dtype(x)
+    rows, width = _check("x", x, x.dtype, -1, -1).shape
+    if gated and width % 2:
+        raise ValueError(f"x must hold gate and up side by side, got an odd number of columns: {width}")
+    size = width // 2 if gated else width
+    out, values, scale, eight_bits = _rows_out(x, size, quant)
+    _cpu.activation(dtype, torch.get_num_threads(), kind, x.data_ptr(), rows, size, x.stride(0), values, scale, eight_bits)
+    return out
+
+
+def swiglu(x: Tensor, *, quant: Quant | None = None) -> Tensor | Quantised:
+    return reference.swiglu(x, quant=quant) if _no_kernel(x) else _activation(_SWIGLU, x, True, quant)
+
+
+def geglu(x: Tensor, *, tanh: bool, quant: Quant | None = None) -> Tensor | Quantised:
+    return reference.geglu(x, tanh=tanh, quant=quant) if _no_kernel(x) else _activation(_GEGLU + tanh, x, True, quant)
+
+
+def gelu(x: Tensor, *, tanh: bool, quant: Quant | None = None) -> Tensor | Quantised:
+    return reference.gelu(x, tanh=tanh, quant=quant) if _no_kernel(x) else _activation(_GELU + tanh, x, False, quant)
+
+
+def pool(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    spans: Tensor,
+    mode: PoolMode,
+    *,
+    norm: Norm | None = None,
+    normalize: bool = False,
+    dim: int | None = None,
+) -> Tensor:
+    if _no_kernel(x):
+        return reference.pool(x, cu_seqlens, spans, mode, norm=norm, normalize=normalize, dim=dim)
+    dtype = _dtype(x)
+    rows, width = _check("x", x, x.dtype, -1, -1).shape
+    texts = spans.shape[0]
+    read = _check_whole("spans", spans, torch.int32, -1, 2)
+    starts = _check_whole("cu_seqlens", cu_seqlens, torch.int32, texts + 1)
+    if mode not in _POOL_MODES:
+        raise ValueError(f"mode must be one of {', '.join(POOL_MODES)}, got {mode!r}")
+    kept = width if dim is None else dim
+    if not 0 < kept <= width:
+        raise ValueError(f"dim must be between 1 and the {width} columns of x, got {dim}")
+    out = torch.empty((texts, kept), dtype=torch.float32)
+    _cpu.pool(
+        dtype, torch.get_num_threads(), _POOL_MODES[mode], x.data_ptr(), rows, width, x.stride(0), starts, read, texts, kept,
+        _norm_argument(norm, width), normalize, out.data_ptr(),
+    )  # fmt: skip
+    return out

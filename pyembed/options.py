@@ -1,0 +1,94 @@
+"""What the caller gives, checked and made definite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from pyembed.config import ModelSpec, Pooling, Recipe
+from pyembed.families import recipe_of_id, recipes
+from pyembed.ops import POOL_MODES, PoolMode
+from pyembed.tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """CUDA where there is one, unless a device is named. ValueError for a device that is unknown or absent."""
+    if device is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}; expected 'cpu', 'cuda' or 'cuda:N'.") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; pyembed runs on 'cpu' and 'cuda'.")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"device is {device!r}, but torch sees {count} CUDA devices; use 'cpu' or install a CUDA build of torch.")
+    return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
+
+
+def check_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The dtype asked for; None for "auto"."""
+    name = str(dtype).removeprefix("torch.")
+    if name != "auto" and name not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected 'auto', {', '.join(map(repr, DTYPES))}.")
+    return DTYPES.get(name)
+
+
+def native_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it: AVX512-BF16 or AMX on a CPU, compute capability 8.0 on CUDA. Else float32."""
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def find_recipe(name: str | None, model: str) -> Recipe | None:
+    """The recipe asked for, or the one of a known hub id."""
+    if name is None:
+        return None if Path(model).is_dir() else recipe_of_id(model)
+    if name not in recipes():
+        raise ValueError(f"recipe is {name!r}; expected one of {', '.join(recipes())}.")
+    return recipes()[name]
+
+
+def check_pooling(pooling: str | Sequence[str] | None, include_prompt: bool | None) -> Pooling | None:
+    if pooling is None:
+        return None
+    modes = (pooling,) if isinstance(pooling, str) else tuple(pooling)
+    if not modes or any(mode not in POOL_MODES for mode in modes):
+        raise ValueError(f"pooling is {pooling!r}; expected one or several of {', '.join(POOL_MODES)}.")
+    return Pooling(tuple(cast(PoolMode, mode) for mode in modes), include_prompt is not False)
+
+
+def check_positive(name: str, value: int | None) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{name} is {value!r}; expected a positive integer.")
+
+
+def default_length(spec: ModelSpec, tokenizer: Tokenizer) -> int | None:
+    """The stated limit, else the smaller of the tokenizer's and the model's; never more than a table of learned positions holds."""
+    limit = spec.max_seq_length
+    if limit is None:
+        limit = min(tokenizer.model_max_length or spec.model.max_positions, spec.model.max_positions)
+    return limit if spec.model.position_offset is None else min(limit, spec.model.max_positions)
+
+
+def as_texts(inputs: Any) -> tuple[bool, Iterable[str]]:
+    """Whether it is one text, and the texts: a list where their number is known, else the iterator itself."""
+    if isinstance(inputs, str):
+        return True, [inputs]
+    if isinstance(inputs, bytes | dict | set) or not hasattr(inputs, "__iter__"):
+        raise TypeError(f"inputs is a {type(inputs).__name__}; expected a str or an iterable of str.")
+    if isinstance(inputs, np.ndarray):
+        return False, inputs.tolist()
+    if hasattr(inputs, "__len__"):
+        return False, inputs if isinstance(inputs, list | tuple) else list(inputs)
+    return False, inputs

@@ -1,0 +1,75 @@
+"""Threads, pickling, forked children, and torch's thread count."""
+
+import multiprocessing
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from pyembed import Encoder
+
+TEXTS = [f"text number {n} " * (n % 9 + 1) for n in range(40)]
+
+
+@pytest.fixture(scope="module")
+def encoder(minilm):
+    return Encoder(minilm, device="cpu", dtype="float32")
+
+
+def test_threads_may_encode_at_once(encoder):
+    expected = encoder.encode(TEXTS)
+    before = encoder.stats.texts
+    with ThreadPoolExecutor(6) as threads:
+        results = list(threads.map(lambda n: encoder.encode(TEXTS[n:], batch_size=1 + n), range(12)))
+    for n, result in enumerate(results):
+        assert np.array_equal(result, expected[n:])
+    assert encoder.stats.texts - before == sum(len(TEXTS) - n for n in range(12))
+
+
+def test_pickling_loads_the_model_again(minilm):
+    encoder = Encoder(minilm, dtype="float32", prompts={"query": "q: "}, truncate_dim=64, max_seq_length=100)
+    encoder.max_seq_length = 80
+    blob = pickle.dumps(encoder)
+    assert len(blob) < 10_000  # the arguments, not the weights
+    copy = pickle.loads(blob)
+    assert copy.max_seq_length == 80
+    assert np.array_equal(copy.encode_query(TEXTS), encoder.encode_query(TEXTS))
+
+
+def _in_child(encoder, queue):
+    try:
+        queue.put(encoder.encode("a").shape)
+    except Exception as error:
+        queue.put(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_forked_child_is_told_and_a_spawned_one_works(encoder, method):
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(encoder, queue))
+    child.start()
+    answer = queue.get(timeout=120)
+    child.join(30)
+    assert child.exitcode == 0
+    assert answer == (384,) if method == "spawn" else "RuntimeError" in answer and "forked" in answer
+
+
+def test_torch_threads_are_left_alone_and_respected(encoder):
+    before = torch.get_num_threads()
+    expected = encoder.encode(TEXTS)
+    seen = {}
+
+    def work():
+        torch.set_num_threads(1)
+        seen["vectors"], seen["threads"] = encoder.encode(TEXTS), torch.get_num_threads()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen["threads"] == 1
+    assert np.array_equal(seen["vectors"], expected)
+    assert torch.get_num_threads() == before
