@@ -28,7 +28,7 @@ STORED = {"float32": "float32", "int8": "int8", "uint8": "uint8", "binary": "int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parse(argv)
     logging.basicConfig(format="pyembed: %(message)s")
     warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
     before = signal.signal(signal.SIGTERM, stop)
@@ -126,7 +126,8 @@ def search(args: argparse.Namespace) -> None:
         raise ValueError(f"{name_of(args.corpus)} holds no text to search.")
     encoder = load(args)
     if args.index is not None and args.index.exists():
-        vectors = check_index(args.index, encoder, entries)
+        with unwarned():
+            vectors = check_index(args.index, encoder, entries)
     else:
         start = time.perf_counter()
         with progress(encoder, len(entries), quiet=args.quiet):
@@ -195,8 +196,8 @@ def read_ranges(args: argparse.Namespace) -> Any:
     if args.ranges is None:
         if args.precision in ("int8", "uint8"):
             raise ValueError(
-                f"--precision {args.precision} needs --ranges FILE.npy, the least and largest value of each dimension [2, dim]: what is yet "
-                "to come is not known. From float32 vectors of the same kind: np.stack([v.min(0), v.max(0)])."
+                f"--precision {args.precision} needs --ranges FILE.npy with the least and largest value of each dimension, [2, dim]; from "
+                "float32 vectors v of similar texts that is np.stack([v.min(0), v.max(0)])."
             )
         return None
     import numpy as np
@@ -227,7 +228,6 @@ def progress(encoder: Encoder, total: int | None, *, quiet: bool) -> Iterator[No
         return
     from tqdm import tqdm
 
-    logger, level = logging.getLogger("pyembed"), logging.getLogger("pyembed").level
     terminal = sys.stderr.isatty()
     rates = "{n:,} of {total:,} texts [{elapsed}<{remaining}, " if total is not None else "{n:,} texts [{elapsed}, "
     bar = tqdm(
@@ -247,23 +247,49 @@ def progress(encoder: Encoder, total: int | None, *, quiet: bool) -> Iterator[No
         bar.set_postfix_str(f"{tokens:,.0f} tokens/s")
 
     def keep_drawing() -> None:
-        while not done.wait(0.2 if terminal else 5):
+        while not done.wait(0.2 if terminal else 10):
             draw()
 
     thread = threading.Thread(target=keep_drawing, daemon=True)
     try:
-        logger.setLevel(logging.ERROR)
         thread.start()
-        yield
+        with unwarned():
+            yield
     finally:
         done.set()
         thread.join()
         draw()
         bar.close()
+
+
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """Without the warnings of each call to encode, where they are told otherwise or not about what was asked for."""
+    logger = logging.getLogger("pyembed")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
         logger.setLevel(level)
 
 
 # Arguments
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with INPUT and QUERY also after options, where argparse no longer takes what may be absent."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    plain = not any(word.startswith("-") and word != "-" for word in rest)
+    name = {encode: "input", info: "model"}.get(args.run, "")
+    if plain and args.run is search:
+        args.query += rest
+    elif plain and len(rest) == 1 and getattr(args, name, "given") in ("-", None):
+        setattr(args, name, rest[0])
+    elif rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def parser() -> argparse.ArgumentParser:
@@ -300,7 +326,7 @@ def parser() -> argparse.ArgumentParser:
     two.add_argument("corpus", metavar="CORPUS", help="a file; JSONL may name its texts by title or id")
     two.add_argument("query", metavar="QUERY", nargs="*")
     two.add_argument("-k", type=positive, default=5, help="answers to a query (%(default)s)")
-    two.add_argument("--index", type=Path, metavar="FILE.npy", help="read the vectors of the corpus here, or write them here for the next time")
+    two.add_argument("--index", type=Path, metavar="FILE.npy", help="where the corpus's vectors are, or will be the next time")
     input_options(two)
     model_options(two)
 
@@ -314,11 +340,13 @@ def parser() -> argparse.ArgumentParser:
     model_options(three)
 
     four = commands.add_parser(
-        "convert", help="a folder with pickled weights (.bin) to safetensors", description="Write the weights of a .bin repository as safetensors."
+        "convert",
+        help="a folder with pickled weights (.bin) to safetensors",
+        description="Write the weights of a .bin repository as safetensors.",
     )
     four.set_defaults(run=convert)
     four.add_argument("directory", metavar="DIR", type=Path)
-    four.add_argument("-o", "--output", metavar="OUT", type=Path, help="the file or folder to write; by default beside the .bin")
+    four.add_argument("-o", "--output", metavar="OUT", type=Path, help="a new folder to write to; by default the weights go beside the .bin")
     return top
 
 
@@ -338,7 +366,7 @@ def input_options(command: argparse.ArgumentParser) -> None:
 def model_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("model")
     group.add_argument("--device", help="cpu, cuda, cuda:1; by default CUDA where there is one")
-    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the computation (%(default)s)")
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the model (%(default)s)")
     group.add_argument("--recipe", help="how a model is used whose files do not say so; `pyembed info` lists them")
     group.add_argument("--pooling", help="how hidden states become a vector: mean, lasttoken, cls, ...")
     group.add_argument("--causal", action=argparse.BooleanOptionalAction, help="whether a token sees only those before it")

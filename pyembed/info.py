@@ -6,8 +6,6 @@ import argparse
 import math
 from pathlib import Path
 
-import torch
-
 from pyembed import ops, weights
 from pyembed.checkpoint import read_checkpoint
 from pyembed.config import ModelConfig, ModelSpec
@@ -54,7 +52,8 @@ def describe(args: argparse.Namespace) -> str:
     rows += of_files(directory, spec)
     backend = ops.select(device)
     borrowed = f" ({', '.join(backend.FROM_REFERENCE)} from the reference)" if backend.FROM_REFERENCE else ""
-    rows.append(("runs on", f"{device} in {str(dtype).removeprefix('torch.')}, kernels: {backend.__name__.rpartition('.')[2]}{borrowed}", ""))
+    kernels = f"{backend.__name__.rpartition('.')[2]}{borrowed}"
+    rows.append(("runs on", f"{device} in {str(dtype).removeprefix('torch.')}, kernels: {kernels}", ""))
     rows.append(("not checked", "whether every weight fits config.json, and the mask: loading the model does", ""))
     width = max(len(label) for label, _, _ in rows)
     return "\n".join(f"{label:{width}}  {found}" + (f"  [{where}]" if where else "") for label, found, where in rows)
@@ -67,7 +66,8 @@ def of_model(spec: ModelSpec, family: str) -> list[Row]:
     heads = f"{config.num_heads} heads of {config.head_dim}"
     if config.num_key_value_heads != config.num_heads:
         heads += f", {config.num_key_value_heads} for keys and values"
-    extras = [name for name, there in (("QK norm", config.qk_norm), ("QKV bias", config.qkv_bias), (f"softcap {config.softcap}", config.softcap)) if there]
+    options = {"QK norm": config.qk_norm, "QKV bias": config.qkv_bias, f"softcap {config.softcap}": config.softcap}
+    extras = [name for name, there in options.items() if there]
     return [
         ("model", f"{family}, {config.num_layers} layers of {config.hidden_size:,}, MLP {mlp}, {config.block}-norm {norm}", "config.json"),
         ("attention", ", ".join([heads, *extras]), "config.json"),
@@ -97,7 +97,8 @@ def positions(config: ModelConfig) -> str:
 def of_vector(spec: ModelSpec) -> list[Row]:
     pooling = " + ".join(spec.pooling.modes) + ("" if spec.pooling.include_prompt else ", without the prompt's tokens")
     rows = [("pooling", pooling, spec.sources["pooling"])]
-    rows += [("dense", f"{head.in_features:,} to {head.out_features:,}, {head.activation}", f"{head.path}/config.json") for head in spec.dense]
+    for head in spec.dense:
+        rows.append(("dense", f"{head.in_features:,} to {head.out_features:,}, {head.activation}", f"{head.path}/config.json"))
     full = spec.dense[-1].out_features if spec.dense else spec.model.hidden_size * len(spec.pooling.modes)
     cut = f", cut to {spec.truncate_dim:,}" if spec.truncate_dim is not None and spec.truncate_dim < full else ""
     length = "L2 norm 1" if spec.normalize else "not normalised"
@@ -130,8 +131,9 @@ def of_files(directory: Path, spec: ModelSpec) -> list[Row]:
         file = weights.open_safetensors(path)
         for name in file.keys():  # noqa: SIM118 - not a dict
             part = file.get_slice(name)
-            total += math.prod(part.get_shape())
-            kinds.add(part.get_dtype())
+            if part.get_dtype() in weights.FLOATS:  # not the buffers of position numbers that some files hold
+                total += math.prod(part.get_shape())
+                kinds.add(part.get_dtype())
     size = sum(path.stat().st_size for path in paths)
     where = paths[0].name if len(paths) == 1 else f"{len(paths)} files"
     return [("weights", f"{total:,} parameters, {size / 1e6:,.1f} MB as {', '.join(sorted(kinds))}", where)]

@@ -6,9 +6,9 @@ import codecs
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, ContextManager, Literal
+from typing import Any, BinaryIO, Literal
 
 Format = Literal["text", "jsonl"]
 SUFFIXES: dict[str, Format] = {"": "text", ".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl"}
@@ -24,7 +24,7 @@ def format_of(path: str, chosen: Format | None) -> Format:
     return SUFFIXES[suffix]
 
 
-def open_input(path: str) -> ContextManager[BinaryIO]:
+def open_input(path: str) -> AbstractContextManager[BinaryIO]:
     """A file, or standard input for "-", as bytes: only newline ends a line, whatever else Unicode knows."""
     return nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb")
 

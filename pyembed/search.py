@@ -94,8 +94,8 @@ def fitted(text: str, width: int, lines: int = 1) -> list[str]:
     if len(out) > lines:
         last = out[lines - 1]
         while columns(last) > width - 2:
-            last = last[:-1]
-        out[lines - 1 :] = [last.rstrip() + " …"]
+            last = last.rpartition(" ")[0] or last[:-1]
+        out[lines - 1 :] = [last + " …"]
     return out
 
 

@@ -224,8 +224,7 @@ def byte_level(pieces: Path, merges: Path, settings: Fields, kind: str) -> token
     model = guarded(lambda: models.BPE.from_file(str(pieces), str(merges)), f"{pieces} with {merges.name} is not a vocabulary")
     backend = tokenizers.Tokenizer(model)
     qwen2, space = kind == "Qwen2Tokenizer", settings.get("add_prefix_space", bool, False)
-    words = pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=not qwen2)
-    backend.pre_tokenizer = words
+    backend.pre_tokenizer = words = pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=not qwen2)
     if qwen2:
         backend.normalizer = normalizers.NFC()
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(QWEN2_WORDS), "isolated"), words])

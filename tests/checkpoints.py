@@ -23,6 +23,7 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 VOCABULARY = 64
+UNUSED = VOCABULARY - 1  # an id that no text has
 ABSENT = object()  # in `edit`: the field is taken out
 ACTIVATIONS = {"tanh": torch.nn.Tanh, "identity": torch.nn.Identity, "gelu": torch.nn.GELU, "relu": torch.nn.ReLU, "silu": torch.nn.SiLU}
 
@@ -81,7 +82,7 @@ QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_laye
 
 LLAMA = Case("Llama", DECODER)
 MISTRAL = Case("Mistral", DECODER | {"sliding_window": None}, bos=True, eos=True, normalize=True)
-QWEN2 = Case("Qwen2", DECODER | {"sliding_window": 5, "use_sliding_window": False}, eos=True)
+QWEN2 = Case("Qwen2", DECODER | {"sliding_window": 5, "use_sliding_window": False}, eos=True, pooling=("mean",))
 QWEN3 = Case("Qwen3", DECODER | {"sliding_window": 5, "use_sliding_window": False}, eos=True, normalize=True)
 GEMMA2 = Case("Gemma2", GEMMA | {"attn_logit_softcapping": 1.5}, bos=True, pooling=("mean",))
 GEMMA3 = Case(
@@ -194,7 +195,7 @@ def rename(directory: Path, prefix: str, **extra: Tensor) -> None:
 
 def sentence(length: int, seed: int = 0) -> str:
     """A text of `length` tokens, specials not counted."""
-    drawn = torch.randint(4, VOCABULARY, (length,), generator=torch.Generator().manual_seed(1000 * seed + length))
+    drawn = torch.randint(4, UNUSED, (length,), generator=torch.Generator().manual_seed(1000 * seed + length))
     return " ".join(f"w{token}" for token in drawn.tolist())
 
 

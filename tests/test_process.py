@@ -3,7 +3,7 @@
 import multiprocessing
 import pickle
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -46,16 +46,21 @@ def _in_child(encoder, queue):
         queue.put(f"{type(error).__name__}: {error}")
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_forked_child_is_told_and_a_spawned_one_works(encoder, method):
-    context = multiprocessing.get_context(method)
+def test_a_forked_child_is_told(encoder):
+    context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_in_child, args=(encoder, queue))
     child.start()
-    answer = queue.get(timeout=120)
+    answer = queue.get(timeout=60)
     child.join(30)
     assert child.exitcode == 0
-    assert answer == (384,) if method == "spawn" else "RuntimeError" in answer and "forked" in answer
+    assert "RuntimeError" in answer
+    assert "forked" in answer
+
+
+def test_a_spawned_process_loads_its_own(encoder):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert np.array_equal(pool.submit(encoder.encode, TEXTS[:3]).result(timeout=120), encoder.encode(TEXTS[:3]))
 
 
 def test_torch_threads_are_left_alone_and_respected(encoder):

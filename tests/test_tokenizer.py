@@ -270,7 +270,7 @@ def test_ids_of_specials_count_in_the_vocabulary(tmp_path: Path) -> None:
     stored.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 5000)])
     assert load(saved(tmp_path, stored)).vocab_size == 5001
     with pytest.raises(ValueError, match="2147483648; ids are 32 bit"):
-        load(saved(tmp_path, tokenizers.Tokenizer(models.WordLevel({"a": 2**31}, unk_token="a"))))
+        load(write(tmp_path, tokenizer={"model": {"type": "WordLevel", "vocab": {"a": 2**31}, "unk_token": "a"}}))
 
 
 def test_special_tokens_map_names_the_specials(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ void force_isa(const std::string& name) {
     for (const Kernels* each : supported()) {
         if (name == each->isa) {
             chosen = each;
+            last_ran = "";
             return;
         }
         known += std::string(known.empty() ? "" : ", ") + each->isa;
@@ -205,7 +206,7 @@ PYBIND11_MODULE(_cpu, m) {
         return names;
     }, "Variants that this CPU can run, best first.");
     m.def("isa", [] { return chosen.load()->isa; }, "The variant that the next call runs.");
-    m.def("last_isa", [] { return last_ran.load(); }, "The variant that ran last.");
+    m.def("last_isa", [] { return last_ran.load(); }, "The variant that ran last; empty if none has since force_isa.");
     m.def("force_isa", &force_isa, "Run another variant from now on, in every thread: for tests.");
     m.def("embed", &embed);
     m.def("norm", &norm);

@@ -21,6 +21,9 @@ def read(fields: Fields) -> ModelConfig:
     hidden = fields.positive("hidden_size")
     if hidden % heads:
         raise ValueError(f"{fields.path}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}.")
+    act = activation(fields, "hidden_act", "gelu")
+    if act == "silu":
+        raise ValueError(f"{fields.path}: hidden_act 'silu' is not supported without a gate; expected a GELU.")
     layers = fields.positive("num_hidden_layers")
     offset = 0 if kind == "bert" else fields.get("pad_token_id", int, 1) + 1
     rows = fields.positive("max_position_embeddings", 512)
@@ -39,7 +42,7 @@ def read(fields: Fields) -> ModelConfig:
         norm_eps=fields.get("layer_norm_eps", float, 1e-12),
         block="post",
         norm="layer",
-        activation=cast("Literal['silu', 'gelu', 'gelu_tanh']", activation(fields, "hidden_act", "gelu")),
+        activation=cast("Literal['silu', 'gelu', 'gelu_tanh']", act),
         gated=False,
         qkv_bias=True,
         out_bias=True,

@@ -86,7 +86,7 @@ def _rows_out(x: Tensor, size: int, quant: Quant | None) -> tuple[Tensor | Quant
 
 
 def schedule(lengths: Sequence[int]) -> Tensor:
-    """[tiles, 2] int32: pieces of QUERY_TILE queries, which attention hands to its threads, as (sequence, piece); longest sequence first."""
+    """[tiles, 2] int32: pieces of QUERY_TILE queries, which attention hands to its threads, as (sequence, piece); longest first."""
     sizes = torch.tensor(lengths, dtype=torch.int64)
     order = torch.argsort(sizes, descending=True, stable=True)
     counts = (sizes[order] + _cpu.QUERY_TILE - 1) // _cpu.QUERY_TILE

