@@ -56,7 +56,7 @@ class Fields:
                 raise ValueError(f"{self.path} lacks the field {self.where}{name} ({kind.__name__}).")
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) < 1 << 1000 else math.inf
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{self.path}: {self.where}{name} is {value!r}; expected {kind.__name__}.")
         if isinstance(value, float) and not math.isfinite(value):

@@ -449,3 +449,38 @@ def test_loading_holds_the_weights_and_little_more(tmp_path, dtype):
     shard(model)
     run = subprocess.run([sys.executable, "-c", MEASURE, str(model), dtype], capture_output=True, text=True, check=True)
     assert int(run.stdout) <= 1.15 * kept, f"{int(run.stdout) / kept:.3f} x the weights"
+
+
+# Guard rails
+
+
+def test_a_mask_that_is_not_the_one_claimed_is_caught(model, monkeypatch):
+    from pyembed.ops import reference
+
+    honest = reference.attention
+    for causal, claim in ((True, "bidirectional, but its first token did not see"), (False, "causal, but its first token saw")):
+        monkeypatch.setattr(reference, "attention", lambda *args, causal=causal, **named: honest(*args, **(named | {"causal": causal})))
+        with pytest.raises(ValueError, match=f"The mask probe failed: the model is said to be {claim}"):
+            Encoder(model, pooling="mean", causal=not causal, backend="reference")
+        Encoder(model, pooling="mean", causal=causal, backend="reference")
+
+
+def test_ids_that_are_not_the_recipes_are_caught(tmp_path, monkeypatch):
+    from pyembed import encoder
+
+    model = write_model(tmp_path / "bare", modules=False)
+    honest = encoder.load_tokenizer
+    monkeypatch.setattr(encoder, "load_tokenizer", lambda directory, **named: honest(directory, **(named | {"append": ()})))
+    with pytest.raises(ValueError, match=r"Recipe 'e5-mistral' wants texts to start with \['<s>'\] and end with \['</s>'\]"):
+        Encoder(model, recipe="e5-mistral")
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_stands_in_the_table_of_models(name):
+    table = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    row = next(line for line in table.splitlines() if line.startswith(f"| `{name}` |"))
+    recipe = recipes()[name]
+    assert "ids unverified" in row  # when golden ids are found, they and their source become a test, and this line changes
+    for token in (*recipe.prepend, *recipe.append):
+        assert f"`{token}`".replace("|", "\\|") in row
+    assert all(hub_id.rpartition("/")[2].removeprefix("gte-Qwen2").removeprefix("Qwen3-Embedding") in row for hub_id in recipe.ids)

@@ -2,7 +2,10 @@
 
 // e^-x is clamped rather than infinite, which moves silu only where it is below 1e-36.
 static inline V silu(V x) { return x / (set1(1.0f) + exp(zero() - x)); }
-static inline V gelu_erf(V x) { return x * set1(0.5f) * (set1(1.0f) + erf(x * set1(0.70710678f))); }
+static inline V gelu_erf(V x) {
+    const V a = min(set1(13.0f), abs(x)), tail = normal_tail(a);
+    return if_less(x, zero(), x * tail, x - a * tail);
+}
 static inline V gelu_tanh(V x) {
     const V inner = set1(0.79788456f) * fma(x * x * x, set1(0.044715f), x);
     return x * set1(0.5f) * (set1(1.0f) + tanh(inner));
