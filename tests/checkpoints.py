@@ -163,6 +163,7 @@ def save(case: Case, directory: Path, *, shard_size: str = "1GB") -> Path:
     model.save_pretrained(bare)
     tokenizer(case).save_pretrained(bare)
     chain: list[torch.nn.Module] = [modules.Transformer(str(bare))]
+    chain[0].processor = tokenizer(case)  # it took the architecture's own class, which gives a WordLevel vocabulary another model
     width = config.hidden_size * len(case.pooling)
     chain.append(modules.Pooling(config.hidden_size, case.pooling, include_prompt=case.include_prompt))
     for out, bias, activation in case.dense:
@@ -206,6 +207,7 @@ def sentences(lengths: Sequence[int], seed: int = 0) -> list[str]:
 def original(directory: Path, dtype: torch.dtype = torch.float32) -> SentenceTransformer:
     """sentence-transformers on transformers' eager attention, the only one that knows every mask and soft cap."""
     model = SentenceTransformer(str(directory), device="cpu", model_kwargs={"attn_implementation": "eager", "dtype": dtype})
+    model[0].processor = transformers.PreTrainedTokenizerFast.from_pretrained(directory)  # as in `save`
     for module in list(model)[1:]:
         module.to(dtype)
     return model

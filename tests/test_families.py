@@ -20,6 +20,12 @@ TOLERANCE = 1e-5
 Directory = Callable[[str], Path]
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """The models are so small that threads would only wait for each other."""
+    torch.set_num_threads(1)
+
+
 def texts_of(name: str) -> list[str]:
     """Odd lengths, and the empty text where special tokens leave something of it."""
     case = CASES[name]
@@ -30,6 +36,8 @@ def compare(directory: Path, texts: list[str], backend: str | None, **arguments:
     """All texts in one batch of ours, each alone in theirs: the vectors, and the states of every token."""
     encoder = Encoder(directory, device="cpu", dtype="float32", backend=backend, **arguments)
     vectors, states = checkpoints.reference(directory, texts)
+    specials = len(encoder.tokenizer.prefix) + len(encoder.tokenizer.suffix)
+    assert [len(each) for each in states] == [len(text.split()) + specials for text in texts]
     assert checkpoints.error(encoder.encode(texts), vectors).max() <= TOLERANCE
     for ours, theirs in zip(encoder.encode(texts, output_value="token_embeddings"), states, strict=True):
         assert checkpoints.error(ours, theirs).max() <= TOLERANCE

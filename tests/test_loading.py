@@ -459,7 +459,7 @@ def test_a_mask_that_is_not_the_one_claimed_is_caught(model, monkeypatch):
 
     honest = reference.attention
     for causal, claim in ((True, "bidirectional, but its first token did not see"), (False, "causal, but its first token saw")):
-        monkeypatch.setattr(reference, "attention", lambda *args, causal=causal, **named: honest(*args, **(named | {"causal": causal})))
+        monkeypatch.setattr(reference, "attention", lambda *args, wrong=causal, **named: honest(*args, **(named | {"causal": wrong})))
         with pytest.raises(ValueError, match=f"The mask probe failed: the model is said to be {claim}"):
             Encoder(model, pooling="mean", causal=not causal, backend="reference")
         Encoder(model, pooling="mean", causal=causal, backend="reference")

@@ -1,0 +1,253 @@
+"""The C++ attention against the reference: every mask, bias and layout, and that a text's bits depend on that text only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from op_check import DTYPES, assert_misses, assert_right, error, hostile, limit, normal, offsets
+from torch import Tensor
+
+from pyembed.ops import DistanceBias, Prefix, cpu, reference
+
+pytestmark = pytest.mark.usefixtures("isa")
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; `queries` are the last of each text unless q_start says otherwise."""
+
+    dtype: torch.dtype
+    keys: list[int]  # per text
+    queries: list[int]
+    heads: int = 4
+    groups: int = 2
+    width: int = 32
+    seed: int = 0
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def arguments(self) -> dict[str, Any]:
+        return {"causal": False, "scale": self.width**-0.5} | dict(self.options)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        of = ((self.queries, self.heads), (self.keys, self.groups), (self.keys, self.groups))
+        q, k, v = (normal(sum(n), h, self.width, dtype=self.dtype, seed=self.seed + i) for i, (n, h) in enumerate(of))
+        return q * 2, k, v
+
+    def change(self, **options: Any) -> Case:
+        return replace(self, options=tuple((dict(self.options) | options).items()))
+
+
+def run(case: Case) -> Tensor:
+    q, k, v = (hostile(x) for x in case.tensors())
+    return cpu.attention(q, k, v, offsets(case.queries), offsets(case.keys), cpu.schedule(case.queries), **case.arguments())
+
+
+def expected(case: Case, dtype: torch.dtype) -> Tensor:
+    q, k, v = (x.to(dtype) for x in case.tensors())
+    arguments = case.arguments()
+    if arguments.get("prefix") is not None:
+        p = arguments["prefix"]
+        arguments["prefix"] = replace(p, k=p.k.to(dtype), v=p.v.to(dtype))
+    return reference.attention(q, k, v, offsets(case.queries), offsets(case.keys), None, **arguments)
+
+
+def check(case: Case, *wrong: dict[str, Any]) -> None:
+    same, r = expected(case, case.dtype), expected(case, torch.float64)
+    assert_right(run(case), same, r, case.dtype)
+    for options in wrong:
+        assert_misses(run(case.change(**options)), same, r, case.dtype)
+
+
+LENGTHS = [1, 3, 0, 16, 64, 65, 130, 17]
+
+
+def a_bias(heads: int, radius: int) -> DistanceBias:
+    return DistanceBias(normal(heads, 2 * radius + 1, seed=9))
+
+
+def a_prefix(case: Case, lengths: list[int], of: list[int]) -> Prefix:
+    k, v = (hostile(normal(sum(lengths), case.groups, case.width, dtype=case.dtype, seed=20 + i)) for i in range(2))
+    return Prefix(k, v, offsets(lengths), torch.tensor(of, dtype=torch.int32))
+
+
+@dtypes
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(2, 2, 16), (3, 1, 20), (12, 12, 32), (4, 2, 64), (5, 5, 77), (8, 1, 128), (2, 1, 256)])
+def test_shapes(dtype: torch.dtype, heads: int, groups: int, width: int, causal: bool) -> None:
+    case = Case(dtype, LENGTHS, LENGTHS, heads, groups, width).change(causal=causal)
+    check(case, {"causal": not causal}, {"scale": 1.1 * width**-0.5})
+
+
+@dtypes
+def test_options(dtype: torch.dtype) -> None:
+    case = Case(dtype, LENGTHS, LENGTHS)
+    check(case.change(window=(9, 5)), {"window": (8, 5)}, {"window": (9, 6)}, {"window": (5, 9)}, {"window": None})
+    check(case.change(window=(9, -1)), {"window": (10, -1)}, {"window": (9, 9)})
+    check(case.change(window=(-1, 0)), {"window": (-1, 1)})
+    check(case.change(window=(70, 3), causal=True), {"causal": False}, {"window": None})
+    check(case.change(window=(0, 0)), {"window": (1, 0)})
+    check(case.change(softcap=2.0), {"softcap": None}, {"softcap": 3.0})
+    check(case.change(softcap=50.0, scale=1.0), {"softcap": None})
+    check(case.change(bias=a_bias(4, 12)), {"bias": None}, {"bias": a_bias(4, 11)}, {"bias": DistanceBias(a_bias(4, 12).table.flip(1))})
+    check(case.change(bias=a_bias(4, 0)))
+    check(case.change(bias=a_bias(4, 300), softcap=2.0, causal=True), {"softcap": None}, {"bias": None}, {"causal": False})
+    check(case.change(scale=-0.2), {"scale": 0.2})
+    check(case.change(scale=0.0), {"scale": 0.2})
+
+
+@dtypes
+def test_fewer_queries_than_keys(dtype: torch.dtype) -> None:
+    queries = [1, 1, 0, 3, 64, 1, 70, 0]
+    case = Case(dtype, LENGTHS, queries, heads=6)
+    check(case)
+    check(case.change(causal=True))
+    starts = torch.tensor([0, 1, 0, 5, 0, 60, 2, 9], dtype=torch.int32)
+    check(case.change(causal=True, q_start=starts), {"q_start": None}, {"q_start": starts + 1})
+    check(case.change(window=(4, 4), q_start=starts), {"q_start": starts + 1})
+
+
+@dtypes
+def test_prefix(dtype: torch.dtype) -> None:
+    case = Case(dtype, LENGTHS, LENGTHS, heads=4)
+    prefix = a_prefix(case, [5, 0, 70], [0, 2, 2, 1, -1, 0, 2, -1])
+    without, other = replace(prefix, prefix_of=prefix.prefix_of * 0 - 1), replace(prefix, prefix_of=prefix.prefix_of.flip(0).contiguous())
+    for options in ({}, {"causal": True}, {"window": (20, 3)}, {"bias": a_bias(4, 90)}):
+        check(case.change(prefix=prefix, **options), {"prefix": None}, {"prefix": without}, {"prefix": other})
+    starts = torch.tensor([0, 3, 0, 1, 2, 3, 4, 5], dtype=torch.int32)  # positions count the prefix
+    check(case.change(prefix=prefix, causal=True, q_start=starts), {"q_start": None})
+
+
+@dtypes
+def test_a_prefix_is_the_text_written_out(dtype: torch.dtype) -> None:
+    """Keys computed once and keys computed with the text give the same bits."""
+    case = Case(dtype, [90], [90], heads=4)
+    q, k, v = case.tensors()
+    for shared in (1, 40, 64, 89):
+        prefix = Prefix(k[:shared], v[:shared], offsets([shared]), torch.zeros(1, dtype=torch.int32))
+        rest = offsets([90 - shared])
+        whole = cpu.attention(q, k, v, offsets([90]), offsets([90]), cpu.schedule([90]), causal=True, scale=0.2)
+        split = cpu.attention(
+            q[shared:], k[shared:], v[shared:], rest, rest, cpu.schedule([90 - shared]), causal=True, scale=0.2, prefix=prefix
+        )  # fmt: skip
+        assert torch.equal(split, whole[shared:])
+
+
+@dtypes
+def test_queries_without_keys_get_zeros(dtype: torch.dtype) -> None:
+    case = Case(dtype, [0, 3, 2], [4, 5, 2]).change(causal=True)  # two queries come before the first key
+    y = run(case)
+    assert not y[:6].any()
+    assert y[6:].any(-1).all()
+    check(case)
+    late = case.change(window=(1, 1), causal=False, q_start=torch.tensor([0, 50, 2], dtype=torch.int32))
+    assert not run(late)[:9].any()
+    check(late)
+    assert run(Case(dtype, [], [])).shape == (0, 4, 32)
+    assert run(Case(dtype, [0, 0], [0, 0])).shape == (0, 4, 32)
+
+
+@dtypes
+def test_a_bias_of_minus_infinity_hides(dtype: torch.dtype) -> None:
+    table = torch.zeros(4, 9)
+    table[1] = -torch.inf  # all keys, from one head
+    table[2, :4] = -torch.inf  # keys before the query, from another
+    check(Case(dtype, LENGTHS, LENGTHS).change(bias=DistanceBias(table)))
+
+
+@dtypes
+def test_rows_of_nobody_reach_nothing(dtype: torch.dtype) -> None:
+    case = Case(dtype, LENGTHS, LENGTHS)
+    spare = [torch.cat([x, torch.full_like(x[:5], torch.nan)]) for x in case.tensors()]
+    cu = offsets(LENGTHS)
+    y = cpu.attention(*spare, cu, cu, cpu.schedule(LENGTHS), **case.arguments())
+    assert torch.equal(y[: sum(LENGTHS)], run(case))
+
+
+@dtypes
+def test_nan_is_not_swallowed(dtype: torch.dtype) -> None:
+    q, k, v = Case(dtype, [40, 70], [40, 70]).tensors()
+    cu, tiles = offsets([40, 70]), cpu.schedule([40, 70])
+    for x in (q, k, v):
+        kept = x[45].clone()
+        x[45] = torch.nan
+        y = cpu.attention(q, k, v, cu, cu, tiles, causal=False, scale=0.2)
+        assert y[:40].isfinite().all()
+        assert y[45].isnan().all()
+        assert y[41].isnan().all() == (x is not q)
+        x[45] = kept
+
+
+@dtypes
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (30, 2)}, {"bias": a_bias(4, 40), "softcap": 3.0}], ids=lambda o: "-".join(o))
+def test_a_text_has_the_same_bits_anywhere(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Alone, in a batch, after other neighbours, with 1, 2 and 3 threads, and query by query."""
+    lengths = [70, 1, 150, 33]
+    arguments = {"causal": False, "scale": 0.3} | options
+    q, k, v = Case(dtype, lengths, lengths).tensors()
+
+    def attend(rows: slice, parts: list[int]) -> Tensor:
+        cu = offsets(parts)
+        return cpu.attention(q[rows], k[rows], v[rows], cu, cu, cpu.schedule(parts), **arguments)
+
+    torch.set_num_threads(1)
+    together = attend(slice(None), lengths)
+    for start, length in zip(offsets(lengths).tolist(), lengths, strict=False):
+        rows = slice(start, start + length)
+        assert torch.equal(attend(rows, [length]), together[rows])
+        assert torch.equal(attend(slice(max(0, start - 1), start + length), [1, length][-min(start + 1, 2) :])[-length:], together[rows])
+        cu_k = offsets([length])
+        for i in (0, length // 2, length - 1):
+            one = cpu.attention(
+                q[start + i : start + i + 1], k[rows], v[rows], offsets([1]), cu_k, cpu.schedule([1]),
+                q_start=torch.tensor([i], dtype=torch.int32), **arguments,
+            )  # fmt: skip
+            assert torch.equal(one[0], together[start + i])
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(attend(slice(None), lengths), together)
+    torch.set_num_threads(1)
+    for x in (q, k, v):
+        x[:70] = torch.nan
+        x[71:221] = torch.nan
+    assert torch.equal(attend(slice(None), lengths)[221:], together[221:])
+
+
+texts = st.lists(st.tuples(st.integers(0, 140), st.integers(0, 140), st.integers(0, 150), st.integers(-1, 1)), min_size=1, max_size=4)
+limits = st.one_of(st.none(), st.tuples(st.integers(-1, 80), st.integers(-1, 80)))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=texts,
+    group=st.integers(1, 3),
+    width=st.integers(16, 70),
+    causal=st.booleans(),
+    window=limits,
+    softcap=st.sampled_from([None, 1.5]),
+    radius=st.one_of(st.none(), st.integers(0, 60)),
+    placed=st.booleans(),
+    shared=st.one_of(st.none(), st.integers(0, 80)),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_mask(
+    texts: list[tuple[int, int, int, int]], group: int, width: int, causal: bool, window: tuple[int, int] | None,
+    softcap: float | None, radius: int | None, placed: bool, shared: int | None, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    keys, queries, starts, of = (list(each) for each in zip(*texts, strict=True))
+    case = Case(dtype, keys, queries, 2 * group, 2, width).change(causal=causal, window=window, softcap=softcap)
+    if radius is not None:
+        case = case.change(bias=a_bias(2 * group, radius))
+    if placed:
+        case = case.change(q_start=torch.tensor(starts, dtype=torch.int32))
+    if shared is not None:
+        case = case.change(prefix=a_prefix(case, [shared, 7], of))
+    y, same, r = run(case), expected(case, dtype), expected(case, torch.float64)
+    blind = (r == 0).all(-1)
+    assert not y[blind].any()
+    assert error(y[~blind], r[~blind]) <= limit(same[~blind], r[~blind], dtype)
