@@ -7,6 +7,7 @@ torch version. A build that fails only warns, and the reference ops serve, unles
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
@@ -15,6 +16,7 @@ from setuptools.command.build_ext import build_ext
 CPU = Pybind11Extension(
     "pyembed._cpu",
     [f"csrc/cpu/{name}.cpp" for name in ("bindings", "isa_generic", "isa_avx2", "isa_avx512")],
+    depends=glob("csrc/**/*.h", recursive=True),
     cxx_std=17,
     # without contraction a * b + c rounds as it is written; where a fused product is meant, the source says fma
     extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-Wno-maybe-uninitialized"],  # gcc 12 warns about its own headers

@@ -88,7 +88,9 @@ def main() -> None:
         "pyembed float32": lambda: ours["float32"].encode(texts),
         "pyembed bfloat16": lambda: ours["bfloat16"].encode(texts),
         "sentence-transformers as it comes (float32, batch 32)": lambda: peers["float32"].encode(texts),
-        f"sentence-transformers float32, best batch ({best['float32']})": lambda: peers["float32"].encode(texts, batch_size=best["float32"]),
+        f"sentence-transformers float32, best batch ({best['float32']})": lambda: peers["float32"].encode(
+            texts, batch_size=best["float32"]
+        ),
         f"sentence-transformers bfloat16, best batch ({best['bfloat16']})": lambda: peers["bfloat16"].encode(
             texts, batch_size=best["bfloat16"]
         ),

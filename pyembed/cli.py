@@ -346,7 +346,7 @@ def parser() -> argparse.ArgumentParser:
     )
     four.set_defaults(run=convert)
     four.add_argument("directory", metavar="DIR", type=Path)
-    four.add_argument("-o", "--output", metavar="OUT", type=Path, help="a new folder to write to; by default the weights go beside the .bin")
+    four.add_argument("-o", "--output", metavar="OUT", type=Path, help="a new folder to write to; by default beside the .bin")
     return top
 
 

@@ -1,7 +1,6 @@
 """Pickled weights (pytorch_model.bin) to safetensors, once, so that loading never reads a pickle.
 
-One file and one tensor at a time: memory holds one tensor besides the mapped input. Tensors that share memory are each written in
-full, since which name a loader wants is not known here.
+Memory holds one tensor besides the mapped input. Tensors that share memory are each written in full: a loader may want either name.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ DTYPES = FLOATS | {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", t
 def convert(directory: Path, output: Path | None = None) -> Path:
     """Write safetensors beside every .bin of the model in `directory`, or the converted model into the new directory `output`.
 
-    Safetensors that are there stay as they are, and their .bin is skipped. When it fails, nothing of it is left. Returns the directory
-    of the result. ValueError for what cannot be converted, OSError for what cannot be read or written.
+    Safetensors that are there stay, and their .bin is skipped. When it fails, nothing of it is left. Returns where the result is.
+    ValueError for what cannot be converted, OSError for what cannot be read or written.
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory; expected one with a downloaded model.")
@@ -66,8 +65,7 @@ def pickles(folder: Path, stem: str) -> list[Path]:
         return []
     if single.is_file() or not index.is_file():
         return [single] if single.is_file() else []
-    names = sorted({str(name) for name in Fields.of(index).get("weight_map", dict).values()})
-    for name in names:
+    for name in (names := sorted({str(name) for name in Fields.of(index).get("weight_map", dict).values()})):
         if Path(safe_path(name, index)).name != name or not name.endswith(".bin"):
             raise ValueError(f"{index}: weight_map names {name!r}; expected .bin files beside it.")
     return [folder / name for name in names]
@@ -120,7 +118,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], undo: ExitStack) -> int:
-    """The file format is the length of a JSON header, the header, and the tensors' bytes end to end. Returns how many bytes those are."""
+    """The length of a JSON header, the header, and the tensors' bytes end to end. Returns how many bytes the tensors have."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     order, end = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)), 0  # wide types first keeps all aligned
     for name in order:

@@ -130,7 +130,7 @@ def explain(source: Source, error: Exception) -> str:
     cause = error.__cause__ if absent and error.__cause__ is not None else error
     reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
     if not absent:
-        return f"{what} could not be fetched from {hub}; load it again: what is complete is kept, the rest was removed. ({reason})"
+        return f"{what} could not be fetched from {hub}; load it again: what is complete is kept, the rest is never used. ({reason})"
     lacking = f"{what} is not, or not completely, in the cache {source.cache_folder or constants.HF_HUB_CACHE}"
     if source.local_files_only or constants.HF_HUB_OFFLINE:
         rule = "local_files_only=True" if source.local_files_only else "HF_HUB_OFFLINE"

@@ -38,7 +38,7 @@ class Linear:
 
 def packable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN's packed GEMM serves. Against `F.linear` on two Zen4 cores: 1.1x in float32 and 1.05x in bfloat16 at
-    512 rows and more, 1.3 to 2.6x at 16 rows, with the same bits for a row in any batch (`bench/linear.py`).
+    512 rows and more, 1.3 to 2.6x at 16 rows, with the same bits for a row in any batch (`bench/test_ops.py`).
     """
     return device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)
 

@@ -34,7 +34,7 @@ def inverse_frequencies(rope: Rope, length: int = 0) -> Tensor:
         if rope.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, rope.dim - 1)
-        ramp = ((torch.arange(rope.dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+        ramp = ((torch.arange(rope.dim // 2).float() - low) / (high - low or 0.001)).clamp(0, 1)
         return frequencies / rope.factor * ramp + frequencies * (1 - ramp)
     return frequencies
 

@@ -85,15 +85,15 @@ MISTRAL = Case("Mistral", DECODER | {"sliding_window": None}, bos=True, eos=True
 QWEN2 = Case("Qwen2", DECODER | {"sliding_window": 5, "use_sliding_window": False}, eos=True, pooling=("mean",))
 QWEN3 = Case("Qwen3", DECODER | {"sliding_window": 5, "use_sliding_window": False}, eos=True, normalize=True)
 GEMMA2 = Case("Gemma2", GEMMA | {"attn_logit_softcapping": 1.5}, bos=True, pooling=("mean",))
-GEMMA3 = Case(
-    "Gemma3Text", GEMMA | {"sliding_window_pattern": 3, "rope_parameters": TWO_BASES, "num_hidden_layers": 4}, bos=True, eos=True
-)
+GEMMA3 = Case("Gemma3Text", GEMMA | {"sliding_window_pattern": 3, "rope_parameters": TWO_BASES, "num_hidden_layers": 4}, bos=True, eos=True)
 EMBEDDING_GEMMA = replace(
     GEMMA3.but(use_bidirectional_attention=True, sliding_window=9),
     pooling=("mean",),
     dense=((96, False, "identity"), (40, True, "tanh")),
     normalize=True,
 )
+
+XLM_ROBERTA = Case("XLMRoberta", BERT | {"pad_token_id": 1, "type_vocab_size": 1}, bos=True, eos=True, pooling=("cls",), normalize=True)
 
 CASES = {
     "llama": LLAMA,
@@ -116,8 +116,8 @@ CASES = {
     "embeddinggemma": EMBEDDING_GEMMA,
     "bert": Case("Bert", BERT, bos=True, eos=True, pooling=("mean",), normalize=True),
     "bert-tanh-gelu": Case("Bert", BERT | {"hidden_act": "gelu_new"}, bos=True, eos=True, pooling=("cls",)),
-    "roberta": Case("Roberta", BERT | {"pad_token_id": 1, "type_vocab_size": 1}, bos=True, eos=True, pooling=("cls",)),
-    "xlm-roberta": Case("XLMRoberta", BERT | {"pad_token_id": 1, "type_vocab_size": 1}, bos=True, eos=True, pooling=("cls",), normalize=True),
+    "roberta": replace(XLM_ROBERTA, architecture="Roberta", normalize=False),
+    "xlm-roberta": XLM_ROBERTA,
 }
 
 
@@ -204,21 +204,36 @@ def sentences(lengths: Sequence[int], seed: int = 0) -> list[str]:
     return [sentence(length, seed) for length in lengths]
 
 
-def original(directory: Path, dtype: torch.dtype = torch.float32) -> SentenceTransformer:
-    """sentence-transformers on transformers' eager attention, the only one that knows every mask and soft cap."""
+def original(
+    directory: Path, dtype: torch.dtype = torch.float32, limit: int | None = None, *, tokenizer_from: Path | None = None
+) -> SentenceTransformer:
+    """sentence-transformers on transformers' eager attention, the only one that knows every mask and soft cap.
+
+    Texts are cut to `limit` tokens, by default to the model's positions.
+    """
     model = SentenceTransformer(str(directory), device="cpu", model_kwargs={"attn_implementation": "eager", "dtype": dtype})
-    model[0].processor = transformers.PreTrainedTokenizerFast.from_pretrained(directory)  # as in `save`
+    model[0].processor = transformers.PreTrainedTokenizerFast.from_pretrained(tokenizer_from or directory)  # as in `save`
+    config = model[0].model.config
+    first = config.pad_token_id + 1 if "roberta" in config.model_type else 0  # where its positions start
+    model.max_seq_length = limit or config.max_position_embeddings - first
     for module in list(model)[1:]:
         module.to(dtype)
     return model
 
 
-def reference(directory: Path, texts: Sequence[str], dtype: torch.dtype = torch.float32, *, fresh: bool = False) -> tuple[Tensor, list[Tensor]]:
+def reference(
+    directory: Path,
+    texts: Sequence[str],
+    dtype: torch.dtype = torch.float32,
+    *,
+    fresh: bool = False,
+    limit: int | None = None,
+) -> tuple[Tensor, list[Tensor]]:
     """Vectors [n, dim] and token states [length, D] per text, each text alone, so without padding; `fresh`: in a model of its own."""
-    model = original(directory, dtype)
+    model = original(directory, dtype, limit)
     vectors, states = [], []
     for text in texts:
-        model = original(directory, dtype) if fresh else model
+        model = original(directory, dtype, limit) if fresh else model
         found = model.encode(text, output_value=None)
         vectors.append(found["sentence_embedding"].float())
         states.append(found["token_embeddings"].float())

@@ -10,14 +10,13 @@ from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+import torch
+
 # The repository's root on sys.path would put our kernels/ before Hugging Face's package of that name, which transformers looks up.
 # The tests' own folder goes there instead, for the modules that several test files share.
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE), *(entry for entry in sys.path if Path(entry or ".").resolve() not in (HERE, HERE.parent))]
-
-import pytest
-import torch
-
 BACKENDS = ["reference"] if find_spec("pyembed._cpu") is None else ["reference", None]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,7 @@ def test_bfloat16_loses_no_more_than_twice_what_transformers_loses(checkpoint: D
 
 
 # One wrong value for every field that decides a vector: (case, file, field, wrong value).
+LINEAR = {"rope_type": "linear", "factor": 4.0}
 WINDOW = {"sliding_window": 6}  # off by one where it is 5 or 7
 FIELDS: list[tuple[str, str, dict[str, Any]]] = [
     *[
@@ -100,7 +102,7 @@ FIELDS: list[tuple[str, str, dict[str, Any]]] = [
             {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
         )
     ],
-    ("qwen2", "config.json", {"use_sliding_window": True, "layer_types": ABSENT, "max_window_layers": 0}),
+    ("qwen2", "config.json", {"use_sliding_window": True, "sliding_window": 5, "layer_types": ABSENT, "max_window_layers": 0}),
     *[
         ("gemma2", "config.json", change)
         for change in (
@@ -129,6 +131,9 @@ FIELDS: list[tuple[str, str, dict[str, Any]]] = [
             {"rope_parameters": ABSENT, "rope_theta": 3000.0, "rope_local_base_freq": 60.0},
             {"rope_parameters": ABSENT, "rope_theta": 4000.0, "rope_local_base_freq": 50.0},
             {"rope_parameters": ABSENT},  # 1e6 and 1e4
+            {"rope_parameters": checkpoints.TWO_BASES | {"full_attention": LINEAR | {"rope_theta": 3000.0}}},
+            {"rope_scaling": LINEAR},  # of the global layers alone
+            {"rope_parameters": ABSENT, "rope_scaling": LINEAR, "rope_theta": 3000.0, "rope_local_base_freq": 50.0},
         )
     ],
     *[
@@ -149,7 +154,10 @@ FIELDS: list[tuple[str, str, dict[str, Any]]] = [
     ("roberta", "config.json", {"pad_token_id": 0}),
     ("xlm-roberta", "config.json", {"pad_token_id": 0}),
     ("xlm-roberta", "config.json", {"pad_token_id": checkpoints.UNUSED}),
-    *[("llama", "1_Pooling/config.json", {"pooling_mode": mode}) for mode in ("cls", "mean", "max", "weightedmean", "mean_sqrt_len_tokens")],
+    *[
+        ("llama", "1_Pooling/config.json", {"pooling_mode": mode})
+        for mode in ("cls", "mean", "max", "weightedmean", "mean_sqrt_len_tokens")
+    ],
     ("bert-tanh-gelu", "1_Pooling/config.json", {"pooling_mode": "mean"}),
     ("embeddinggemma", "2_Dense/config.json", {"activation_function": "torch.nn.modules.activation.Tanh"}),
     ("embeddinggemma", "2_Dense/config.json", {"activation_function": "torch.nn.modules.activation.ReLU"}),
@@ -161,8 +169,9 @@ FIELDS: list[tuple[str, str, dict[str, Any]]] = [
 
 
 def label(value: Any) -> str:
-    changes = "-".join(f"{name}={'absent' if each is ABSENT else each}" for name, each in value.items()) if isinstance(value, dict) else value
-    return str(changes)[:60]
+    if isinstance(value, dict):
+        value = "-".join(f"{name}={'absent' if each is ABSENT else each}" for name, each in value.items())
+    return str(value)[:60]
 
 
 GELUS: list[tuple[str, str, dict[str, Any]]] = [
@@ -264,7 +273,7 @@ def test_the_argument_overrules_the_mask_of_the_files(checkpoint: Directory, tmp
 
 
 def test_the_argument_keeps_gemmas_window(checkpoint: Directory) -> None:
-    """EmbeddingGemma said to be bidirectional once more is the same model; said to be causal it sees `sliding_window` keys (8 in the file)."""
+    """EmbeddingGemma said to be bidirectional once more is the same model; said to be causal it sees the 8 keys of the file."""
     texts = checkpoints.sentences(LENGTHS)
     directory = checkpoint("embeddinggemma")
     stated, again, causal = (Encoder(directory, device="cpu", dtype="float32", causal=each) for each in (None, False, True))
@@ -279,8 +288,10 @@ SPELLINGS: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "config.json", {"rope_parameters": {"rope_type": "default"}, "rope_theta": 500.0}),
     ("gemma3", "config.json", {"rope_parameters": ABSENT, "rope_theta": 3000.0, "rope_local_base_freq": 50.0, "rope_scaling": None}),
     ("gemma3", "config.json", {"sliding_window_pattern": 3, "layer_types": ABSENT}),
+    ("gemma3", "config.json", {"rope_scaling": {}}),
     ("gemma2", "config.json", {"layer_types": ABSENT, "hidden_activation": ABSENT, "hidden_act": "gelu"}),  # hidden_act is not read
     ("qwen3-window", "config.json", {"layer_types": ABSENT}),
+    ("qwen2", "config.json", {"sliding_window": 5, "use_sliding_window": ABSENT, "max_window_layers": 0, "layer_types": ABSENT}),
     ("llama", "config.json", {"hidden_act": "swish"}),
     ("bert", "config.json", {"position_embedding_type": "absolute", "model_type": "bert", "type_vocab_size": ABSENT}),
 ]
@@ -302,7 +313,7 @@ PREFIXES = [
     ("mistral", "model.", ("lm_head.weight",)),
     ("embeddinggemma", "language_model.", ("lm_head.weight",)),
     ("embeddinggemma", "model.language_model.", ()),
-    ("bert", "bert.", ("cls.predictions.bias", "bert.pooler.dense.bias", "bert.embeddings.position_ids")),
+    ("bert", "bert.", ("cls.predictions.bias", "bert.embeddings.position_ids")),
     ("bert", "0.auto_model.", ("0.auto_model.embeddings.position_ids",)),
     ("roberta", "roberta.", ("lm_head.bias", "lm_head.layer_norm.weight")),
     ("xlm-roberta", "roberta.", ("roberta.embeddings.position_ids",)),
@@ -314,7 +325,6 @@ def test_prefixed_names_and_tensors_without_use(
     checkpoint: Directory, tmp_path: Path, name: str, prefix: str, beside: tuple[str, ...]
 ) -> None:
     shutil.copytree(checkpoint(name), tmp_path / "renamed")
-    beside = tuple(each for each in beside if "pooler.dense.bias" not in each)  # transformers saves a BERT's pooler itself
     checkpoints.rename(tmp_path / "renamed", prefix, **{each: torch.full((3,), 9.0) for each in beside})
     texts = checkpoints.sentences(LENGTHS)
     plain, renamed = (Encoder(directory, device="cpu", dtype="float32") for directory in (checkpoint(name), tmp_path / "renamed"))
@@ -326,7 +336,9 @@ def test_old_names_of_layer_norms(checkpoint: Directory, tmp_path: Path) -> None
     shutil.copytree(checkpoint("bert"), tmp_path / "old")
     path = tmp_path / "old" / "model.safetensors"
     tensors = checkpoints.load_file(path)
-    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t for name, t in tensors.items()}
+    old = {
+        re.sub("LayerNorm.bias$", "LayerNorm.beta", re.sub("LayerNorm.weight$", "LayerNorm.gamma", name)): tensors[name] for name in tensors
+    }
     assert old.keys() != tensors.keys()
     checkpoints.save_file(old, path)
     texts = checkpoints.sentences(LENGTHS)

@@ -10,6 +10,7 @@
 
 constexpr int LANES = 64;
 constexpr int KEYS = 64;    // keys of a block
+constexpr int CHAIN = 64;   // products added up before they meet the rest of a score: shorter chains lose fewer bits
 constexpr int ROUND = 8;    // K and keys are padded in scratch to a multiple of this: what register blocks may overrun
 
 // Rows that are broadcast against QV vectors of queries: enough independent sums to hide the latency of FMA, within the registers.
@@ -29,6 +30,7 @@ struct Chunk {       // scratch of one thread while it works on LANES lanes
     float* row;      // [LANES] start of the head's row of the bias table
     int64_t Kp;
     int vectors;     // in use, LANES / W at most
+    bool more;       // some block has been added to o
 };
 
 static inline int64_t padded(int64_t n) { return (n + ROUND - 1) / ROUND * ROUND; }
@@ -50,24 +52,27 @@ static inline Chunk chunk_scratch(int64_t K) {
     return c;
 }
 
-// Float32 copies of `count` rows of K, zeros up to Kp.
+// Float32 copies of `count` rows of K, zeros up to Kp. The next head is fetched ahead: rows are too far apart for the hardware to guess.
 template <class T>
-static inline void pack_rows(const T* from, int64_t stride, int64_t count, int64_t K, float* to, int64_t Kp) {
-    for (int64_t j = 0; j < count; ++j, from += stride, to += Kp) {
-        for (int64_t d = 0; d < K; d += W) store_row(to, d, Kp, load_row(from, d, K));
+static inline void pack_rows(const T* from, const HeadRows& rows, int64_t count, int64_t K, float* to, int64_t Kp) {
+    for (int64_t j = 0; j < count; ++j, from += rows.token_stride, to += Kp) {
+        for (int64_t d = 0; d < K; d += W) {
+            __builtin_prefetch(from + d + rows.head_stride);
+            store_row(to, d, Kp, load_row(from, d, K));
+        }
     }
 }
 
-// S[key][lane] = q . k for BROADCAST keys and QV vectors of queries.
+// S[key][lane] = q . k over `count` dimensions for BROADCAST keys and QV vectors of queries; added to what is there if `more`.
 template <int QV>
-static inline void score_block(const float* q, const float* k, int64_t K, int64_t Kp, float* s) {
+static inline void score_block(const float* q, const float* k, int64_t count, int64_t Kp, bool more, float* s) {
     constexpr int R = BROADCAST<QV>;
     V acc[R][QV];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int i = 0; i < QV; ++i) acc[r][i] = zero();
-    for (int64_t d = 0; d < K; ++d) {
+    for (int64_t d = 0; d < count; ++d) {
         V x[QV];
 #pragma GCC unroll 4
         for (int i = 0; i < QV; ++i) x[i] = load(q + d * LANES + i * W);
@@ -81,12 +86,15 @@ static inline void score_block(const float* q, const float* k, int64_t K, int64_
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int i = 0; i < QV; ++i) store(s + r * LANES + i * W, acc[r][i]);
+        for (int i = 0; i < QV; ++i) {
+            float* at = s + r * LANES + i * W;
+            store(at, more ? load(at) + acc[r][i] : acc[r][i]);
+        }
 }
 
-// O[d][lane] = O * shrink + P . V for BROADCAST dimensions and QV vectors of queries.
+// O[d][lane] = O * shrink + P . V for BROADCAST dimensions and QV vectors of queries; O is not read unless there is `more`.
 template <int QV>
-static inline void value_block(const float* p, const float* v, int64_t count, int64_t Kp, const float* shrink, float* o) {
+static inline void value_block(const float* p, const float* v, int64_t count, int64_t Kp, const float* shrink, bool more, float* o) {
     constexpr int R = BROADCAST<QV>;
     V acc[R][QV];
 #pragma GCC unroll 8
@@ -109,18 +117,22 @@ static inline void value_block(const float* p, const float* v, int64_t count, in
 #pragma GCC unroll 4
         for (int i = 0; i < QV; ++i) {
             float* at = o + r * LANES + i * W;
-            store(at, fma(load(at), load(shrink + i * W), acc[r][i]));
+            store(at, more ? fma(load(at), load(shrink + i * W), acc[r][i]) : acc[r][i]);
         }
 }
 
 template <int QV>
 static inline void scores(const Chunk& c, int lane, int64_t count, int64_t K) {
-    for (int64_t j = 0; j < count; j += BROADCAST<QV>) score_block<QV>(c.q + lane, c.k + j * c.Kp, K, c.Kp, c.s + j * LANES + lane);
+    for (int64_t j = 0; j < count; j += BROADCAST<QV>) {
+        for (int64_t d = 0; d < K; d += CHAIN) {
+            score_block<QV>(c.q + d * LANES + lane, c.k + j * c.Kp + d, least(CHAIN, K - d), c.Kp, d > 0, c.s + j * LANES + lane);
+        }
+    }
 }
 template <int QV>
 static inline void values(const Chunk& c, int lane, int64_t count, int64_t K) {
     for (int64_t d = 0; d < K; d += BROADCAST<QV>) {
-        value_block<QV>(c.s + lane, c.v + d, count, c.Kp, c.shrink + lane, c.o + d * LANES + lane);
+        value_block<QV>(c.s + lane, c.v + d, count, c.Kp, c.shrink + lane, c.more, c.o + d * LANES + lane);
     }
 }
 
@@ -140,15 +152,10 @@ static inline void all_values(const Chunk& c, int64_t count, int64_t K) { PYEMBE
 
 constexpr float LOG2E = 1.44269504f;
 
-struct Limits {  // which keys a query sees, by key position minus query position
-    float low, high;
-    bool partly;  // some key of the block is hidden from some query of the tile
-};
-
-// Scale, softcap, bias and mask: raw products to scores in units of log2.
-static inline void finish_scores(const AttentionParams& p, const Chunk& c, int64_t first, int64_t count, const Limits& limits) {
+// Scale, softcap and bias: raw products to scores in units of log2.
+static inline void finish_scores(const AttentionParams& p, const Chunk& c, int64_t first, int64_t count) {
     const V scale = set1(p.softcap > 0 ? p.scale / p.softcap : p.scale * LOG2E), cap = set1(p.softcap * LOG2E);
-    const V radius = set1(float(p.radius)), low = set1(limits.low), high = set1(limits.high), hidden = set1(-__builtin_inff());
+    const V radius = set1(float(p.radius));
     for (int64_t j = 0; j < count; ++j) {
         for (int i = 0; i < c.vectors; ++i) {
             float* at = c.s + j * LANES + i * W;
@@ -159,8 +166,19 @@ static inline void finish_scores(const AttentionParams& p, const Chunk& c, int64
                 const V column = min(radius, max(zero() - radius, distance)) + radius;
                 s = fma(gather(p.bias, column + load(c.row + i * W)), set1(LOG2E), s);
             }
-            if (limits.partly) s = if_less(distance, low, hidden, if_less(high, distance, hidden, s));
             store(at, s);
+        }
+    }
+}
+
+// Hides the keys whose position minus the query's is below `low` or above `high`.
+static inline void hide(const Chunk& c, int64_t first, int64_t count, float low, float high) {
+    const V hidden = set1(-__builtin_inff());
+    for (int64_t j = 0; j < count; ++j) {
+        for (int i = 0; i < c.vectors; ++i) {
+            float* at = c.s + j * LANES + i * W;
+            const V distance = set1(float(first + j)) - load(c.position + i * W);
+            store(at, if_less(distance, set1(low), hidden, if_less(set1(high), distance, hidden, load(at))));
         }
     }
 }
@@ -189,29 +207,38 @@ static inline void weigh(const Chunk& c, int64_t count, float unit) {
     }
 }
 
-// One query of one head per lane: lane l is query first + l % queries of head head + l / queries.
+// The queries of a tile, a group of heads at a time: lane after lane goes through the queries of one head, then of the next.
 struct Span {
     int64_t token;     // row of q and out of the tile's first query
     int64_t queries;   // of the tile
-    int64_t head;      // first head of the group
     int64_t position;  // of the tile's first query
-    int64_t lane, lanes;  // of the tile's queries * heads, which this chunk has
+    int64_t query, head;  // of the chunk's first lane; `query` counts from the tile's first
+    int64_t lanes;        // of the chunk
+
+    void step() {
+        if (++query == queries) {
+            query = 0;
+            ++head;
+        }
+    }
 };
 
 template <class T>
-static inline void load_queries(const AttentionParams& p, const Span& span, const Chunk& c) {
+static inline void load_queries(const AttentionParams& p, Span at, const Chunk& c) {
+    const T* from[LANES];
+    for (int64_t l = 0; l < c.vectors * W; ++l) {
+        from[l] = (const T*)p.q.data + (at.token + at.query) * p.q.token_stride + at.head * p.q.head_stride;
+        c.position[l] = float(at.position + at.query);
+        c.row[l] = float(at.head * (2 * p.radius + 1));
+        if (l + 1 < at.lanes) at.step();  // idle lanes repeat the last
+    }
     for (int i = 0; i < c.vectors; ++i) {
-        const T* from[W];
-        for (int l = 0; l < W; ++l) {
-            const int64_t at = i * W + l < span.lanes ? span.lane + i * W + l : span.lane;  // idle lanes repeat the first
-            const int64_t query = at % span.queries, head = span.head + at / span.queries;
-            from[l] = (const T*)p.q.data + (span.token + query) * p.q.token_stride + head * p.q.head_stride;
-            c.position[i * W + l] = float(span.position + query);
-            c.row[i * W + l] = float(head * (2 * p.radius + 1));
-        }
         for (int64_t d = 0; d < p.K; d += W) {
             V rows[W];
-            for (int l = 0; l < W; ++l) rows[l] = load_row(from[l], d, p.K);
+            for (int l = 0; l < W; ++l) {
+                __builtin_prefetch(from[i * W + l] + d + p.q.head_stride);
+                rows[l] = load_row(from[i * W + l], d, p.K);
+            }
             transpose(rows);
             for (int64_t r = 0; r < least(W, p.K - d); ++r) store(c.q + (d + r) * LANES + i * W, rows[r]);
         }
@@ -219,19 +246,18 @@ static inline void load_queries(const AttentionParams& p, const Span& span, cons
 }
 
 template <class T>
-static inline void store_queries(const AttentionParams& p, const Span& span, const Chunk& c) {
+static inline void store_queries(const AttentionParams& p, Span at, const Chunk& c) {
     for (int i = 0; i < c.vectors; ++i) {
         const V total = load(c.total + i * W);
         const V inverse = set1(1.0f) / if_less(zero(), total, total, total + set1(1.0f));  // no key seen: 0 / 1
+        T* to[W];
+        const int64_t used = least(W, at.lanes - i * W);
+        for (int64_t l = 0; l < used; ++l, at.step()) to[l] = (T*)p.out + ((at.token + at.query) * p.H + at.head) * p.K;
         for (int64_t d = 0; d < p.K; d += W) {
             V rows[W];
             for (int64_t r = 0; r < W; ++r) rows[r] = d + r < p.K ? load(c.o + (d + r) * LANES + i * W) * inverse : zero();
             transpose(rows);
-            for (int64_t l = 0; l < least(W, span.lanes - i * W); ++l) {
-                const int64_t at = span.lane + i * W + l;
-                T* to = (T*)p.out + ((span.token + at % span.queries) * p.H + span.head + at / span.queries) * p.K;
-                store_row(to, d, p.K, round_to<T>(rows[l]));
-            }
+            for (int64_t l = 0; l < used; ++l) store_row(to[l], d, p.K, round_to<T>(rows[l]));
         }
     }
 }
@@ -243,11 +269,11 @@ static inline void pack_block(const HeadRows& prefix, int64_t prefix_row, int64_
     const int64_t from_prefix = most(0, least(count, shared - first));
     if (from_prefix > 0) {
         const T* at = (const T*)prefix.data + (prefix_row + first) * prefix.token_stride + g * prefix.head_stride;
-        pack_rows(at, prefix.token_stride, from_prefix, K, to, c.Kp);
+        pack_rows(at, prefix, from_prefix, K, to, c.Kp);
     }
     if (from_prefix < count) {
         const T* at = (const T*)own.data + (own_row + first + from_prefix - shared) * own.token_stride + g * own.head_stride;
-        pack_rows(at, own.token_stride, count - from_prefix, K, to + from_prefix * c.Kp, c.Kp);
+        pack_rows(at, own, count - from_prefix, K, to + from_prefix * c.Kp, c.Kp);
     }
 }
 
@@ -262,20 +288,24 @@ static void attend(const AttentionParams& p, int64_t n, int64_t tile, int64_t g)
     Span span{};
     span.token = p.cu_q[n] + skipped;
     span.queries = least(QUERY_TILE, all_queries - skipped);
+    span.query = 0;
     span.head = g * group;
     span.position = start + skipped;
     const int64_t last = span.position + span.queries - 1;
     const int64_t right = p.causal ? 0 : p.right;
     const int64_t seen_from = p.left < 0 ? 0 : most(0, span.position - p.left);
     const int64_t seen_to = right < 0 ? length : least(length, last + right + 1);
-    Limits limits{p.left < 0 ? -__builtin_inff() : float(-p.left), right < 0 ? __builtin_inff() : float(right), false};
+    const float low = p.left < 0 ? -__builtin_inff() : float(-p.left), high = right < 0 ? __builtin_inff() : float(right);
+    const bool plain = p.softcap == 0 && !p.bias && p.scale > 0;  // then scaling is left to the exponential, in hidden blocks and others
 
     Chunk c = chunk_scratch(p.K);
-    for (; span.lane < group * span.queries; span.lane += LANES) {
-        span.lanes = least(LANES, group * span.queries - span.lane);
+    for (int64_t left = group * span.queries; left > 0; left -= LANES) {
+        span.lanes = least(LANES, left);
         c.vectors = int((span.lanes + W - 1) / W);
         load_queries<T>(p, span, c);
-        for (int64_t i = 0; i < c.Kp * LANES; i += W) store(c.o + i, zero());
+        if (seen_from >= seen_to) {
+            for (int64_t i = 0; i < c.Kp * LANES; i += W) store(c.o + i, zero());
+        }
         for (int i = 0; i < LANES; i += W) {
             store(c.top + i, set1(-__builtin_inff()));
             store(c.total + i, zero());
@@ -289,20 +319,24 @@ static void attend(const AttentionParams& p, int64_t n, int64_t tile, int64_t g)
             }
             pack_block<T>(p.prefix_v, prefix_row, shared, p.v, p.cu_k[n], g, first, count, c, p.K, c.v);
             all_scores(c, count, p.K);
-            limits.partly = (p.left >= 0 && first < last - p.left) || (right >= 0 && end - 1 > span.position + right);
-            const bool plain = !limits.partly && p.softcap == 0 && !p.bias && p.scale > 0;
-            if (!plain) finish_scores(p, c, first, count, limits);
+            if (!plain) finish_scores(p, c, first, count);
+            const bool partly = (p.left >= 0 && first < last - p.left) || (right >= 0 && end - 1 > span.position + right);
+            if (partly) hide(c, first, count, low, high);
             weigh<T>(c, count, plain ? p.scale * LOG2E : 1.0f);
+            c.more = first > seen_from;
             all_values(c, count, p.K);
         }
         store_queries<T>(p, span, c);
+        for (int64_t l = 0; l < span.lanes; ++l) span.step();
     }
 }
 
 template <class T>
 static void attend_all(const AttentionParams& p) {
-#pragma omp parallel for num_threads(p.threads) schedule(dynamic)
-    for (int64_t item = 0; item < p.num_tiles * p.G; ++item) {
+    // a thread takes the heads of a tile together where there are tiles enough: their rows are neighbours in memory
+    const int64_t items = p.num_tiles * p.G, together = most(1, least(p.G, items / (p.threads * 16)));
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic, together)
+    for (int64_t item = 0; item < items; ++item) {
         const int32_t* entry = p.tiles + 2 * (item / p.G);
         attend<T>(p, entry[0], entry[1], item % p.G);
     }

@@ -22,18 +22,19 @@ def bidirectional(fields: Fields) -> bool | None:
     return None if causal is None and flag is None else not causal if causal is not None else False
 
 
-def rope(fields: Fields, head_dim: int, max_positions: int, *, default_theta: float, layer_type: str | None = None) -> Rope:
-    """The rotary embedding of config.json in its old spelling (`rope_theta`, `rope_scaling`) or its new one (`rope_parameters`).
-
-    `layer_type` picks the entry of a `rope_parameters` nested by layer type, where it is nested.
-    """
+def rope(fields: Fields, head_dim: int, max_positions: int, *, default_theta: float) -> Rope:
+    """The rotary embedding of config.json in its old spelling (`rope_theta`, `rope_scaling`) or its new one (`rope_parameters`)."""
     theta = fields.get("rope_theta", float, default_theta)
-    scaling = fields.sub("rope_scaling") or fields.sub("rope_parameters")
-    if scaling is not None and layer_type is not None and isinstance(scaling.values.get(layer_type), dict):
-        scaling = scaling.sub(layer_type)
+    scaling = rope_object(fields)
     if scaling is None:
         return Rope(head_dim, theta)
     return scaled_rope(scaling, head_dim, scaling.get("rope_theta", float, theta), fields, max_positions)
+
+
+def rope_object(fields: Fields) -> Fields | None:
+    """`rope_scaling` where it says something, else `rope_parameters`."""
+    found = (fields.sub(name) for name in ("rope_scaling", "rope_parameters"))
+    return next((each for each in found if each is not None and each.values), None)
 
 
 def scaled_rope(scaling: Fields, head_dim: int, theta: float, fields: Fields, max_positions: int) -> Rope:

@@ -62,21 +62,18 @@ def soft_cap(fields: Fields) -> float | None:
 def ropes(fields: Fields, head_dim: int, max_positions: int) -> tuple[Rope, Rope]:
     """Gemma 3's global and local rotary embeddings; the old spelling's `rope_scaling` belongs to the global one alone."""
     nested = fields.sub("rope_parameters")
-    if nested is not None and ("full_attention" in nested or "sliding_attention" in nested):
-        full, sliding = nested.sub("full_attention"), nested.sub("sliding_attention")
-        return (
-            rope_of(full, head_dim, fields, max_positions, 1e6),
-            rope_of(sliding, head_dim, fields, max_positions, 1e4),
-        )
-    scaling = fields.sub("rope_scaling") or nested
+    full, sliding = (None, None) if nested is None else (nested.sub("full_attention"), nested.sub("sliding_attention"))
+    scaling = fields.sub("rope_scaling")
+    whole = Fields({**(full.values if full else {}), **(scaling.values if scaling else {})}, fields.path, "rope_scaling.")
     return (
-        rope_of(scaling, head_dim, fields, max_positions, fields.get("rope_theta", float, 1e6)),
-        Rope(head_dim, fields.get("rope_local_base_freq", float, 1e4)),
+        rope_of(whole, head_dim, fields, max_positions, ("rope_theta", 1e6)),
+        rope_of(sliding, head_dim, fields, max_positions, ("rope_local_base_freq", 1e4)),
     )
 
 
-def rope_of(scaling: Fields | None, head_dim: int, fields: Fields, max_positions: int, theta: float) -> Rope:
-    """One layer type's rotary embedding."""
+def rope_of(scaling: Fields | None, head_dim: int, fields: Fields, max_positions: int, base: tuple[str, float]) -> Rope:
+    """One layer type's rotary embedding; `base` is the old field of its theta, and what stands in for that."""
+    theta = fields.get(base[0], float, base[1])
     if scaling is None:
         return Rope(head_dim, theta)
     return scaled_rope(scaling, head_dim, scaling.get("rope_theta", float, theta), fields, max_positions)

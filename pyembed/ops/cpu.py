@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def _check(name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
     got = x.shape
     if len(got) != len(shape) or any(want not in (-1, size) for want, size in zip(shape, got, strict=True)):
         raise ValueError(f"{name} must have shape {list(shape)} (-1: any), got {list(got)}")
-    if got[-1] > 1 and x.stride(-1) != 1:
+    if got[-1] > 1 and x.stride(-1) != 1 and x.numel() > 0:
         raise ValueError(f"{name} must have unit stride in its last dimension, got strides {x.stride()}")
     return x
 
@@ -87,12 +88,13 @@ def _rows_out(x: Tensor, size: int, quant: Quant | None) -> tuple[Tensor | Quant
 
 def schedule(lengths: Sequence[int]) -> Tensor:
     """[tiles, 2] int32: pieces of QUERY_TILE queries, which attention hands to its threads, as (sequence, piece); longest first."""
-    sizes = torch.tensor(lengths, dtype=torch.int64)
-    order = torch.argsort(sizes, descending=True, stable=True)
-    counts = (sizes[order] + _cpu.QUERY_TILE - 1) // _cpu.QUERY_TILE
-    firsts = counts.cumsum(0) - counts
-    tiles = torch.arange(int(counts.sum())) - firsts.repeat_interleave(counts)
-    return torch.stack([order.repeat_interleave(counts), tiles], dim=1).to(torch.int32)
+    sizes = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-sizes, kind="stable")
+    counts = -(-sizes[order] // _cpu.QUERY_TILE)
+    tiles = np.empty((int(counts.sum()), 2), dtype=np.int32)
+    tiles[:, 0] = order.repeat(counts)
+    tiles[:, 1] = np.arange(len(tiles)) - (counts.cumsum() - counts).repeat(counts)
+    return torch.from_numpy(tiles)
 
 
 def embed(

@@ -29,7 +29,9 @@ def assert_right(y: Tensor, same: Tensor, r: Tensor, dtype: torch.dtype) -> None
         return
     off = (y.double() - r).abs() / r.abs().amax(-1, keepdim=True)
     at = tuple(int(i) for i in torch.unravel_index(torch.where(off.isfinite(), off, torch.inf).argmax(), off.shape))
-    raise AssertionError(f"error {got:.3g} > {allowed:.3g}; at {at}: {float(y[at])!r}, oracle {float(r[at])!r}, reference {float(same[at])!r}")
+    raise AssertionError(
+        f"error {got:.3g} > {allowed:.3g}; at {at}: {float(y[at])!r}, oracle {float(r[at])!r}, reference {float(same[at])!r}"
+    )
 
 
 def assert_misses(wrong: Tensor, same: Tensor, r: Tensor, dtype: torch.dtype) -> None:

@@ -78,7 +78,9 @@ def a_prefix(case: Case, lengths: list[int], of: list[int]) -> Prefix:
 
 @dtypes
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize(("heads", "groups", "width"), [(2, 2, 16), (3, 1, 20), (12, 12, 32), (4, 2, 64), (5, 5, 77), (8, 1, 128), (2, 1, 256)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "width"), [(2, 2, 16), (3, 1, 20), (12, 12, 32), (4, 2, 64), (5, 5, 77), (8, 1, 128), (2, 1, 256)]
+)
 def test_shapes(dtype: torch.dtype, heads: int, groups: int, width: int, causal: bool) -> None:
     case = Case(dtype, LENGTHS, LENGTHS, heads, groups, width).change(causal=causal)
     check(case, {"causal": not causal}, {"scale": 1.1 * width**-0.5})
@@ -184,7 +186,9 @@ def test_nan_is_not_swallowed(dtype: torch.dtype) -> None:
 
 
 @dtypes
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (30, 2)}, {"bias": a_bias(4, 40), "softcap": 3.0}], ids=lambda o: "-".join(o))
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"window": (30, 2)}, {"bias": a_bias(4, 40), "softcap": 3.0}], ids=lambda o: "-".join(o)
+)
 def test_a_text_has_the_same_bits_anywhere(dtype: torch.dtype, options: dict[str, Any]) -> None:
     """Alone, in a batch, after other neighbours, with 1, 2 and 3 threads, and query by query."""
     lengths = [70, 1, 150, 33]

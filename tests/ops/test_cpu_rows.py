@@ -160,7 +160,11 @@ def test_tanh_is_not_erf(dtype: torch.dtype) -> None:
 def test_extremes(dtype: torch.dtype) -> None:
     """Saturated, tiny, infinite and undefined inputs give what the reference gives."""
     x = torch.tensor([[-1e30, -300.0, -90.0, -1e-30, 0.0, 1e-30, 90.0, 300.0, 1e30]], dtype=dtype)
-    for op in (lambda o, z: o.gelu(z, tanh=False), lambda o, z: o.gelu(z, tanh=True), lambda o, z: o.swiglu(torch.cat([z, torch.ones_like(z)], 1))):
+    for op in (
+        lambda o, z: o.gelu(z, tanh=False),
+        lambda o, z: o.gelu(z, tanh=True),
+        lambda o, z: o.swiglu(torch.cat([z, torch.ones_like(z)], 1)),
+    ):
         torch.testing.assert_close(op(cpu, x), op(reference, x), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
         assert op(cpu, torch.tensor([[torch.nan]], dtype=dtype)).isnan().all()
         assert op(cpu, torch.tensor([[torch.inf]], dtype=dtype)).isinf().all()
@@ -177,7 +181,12 @@ def test_embed(dtype: torch.dtype, width: int, rows: int) -> None:
         kwargs = {"scale": 1.5, "positions": positions, "position_table": convert(table), "type_row": type_row.to(convert(tokens).dtype)}
         return ops.embed(ids, convert(tokens), **kwargs | {"norm": norm} | changes)
 
-    for changes in ({}, {"norm": None}, {"norm": None, "type_row": None}, {"positions": None, "position_table": None, "type_row": None, "norm": None}):
+    for changes in (
+        {},
+        {"norm": None},
+        {"norm": None, "type_row": None},
+        {"positions": None, "position_table": None, "type_row": None, "norm": None},
+    ):
         same, r = run(reference, lambda x: x, **changes), run(reference, lambda x: x.double(), **changes)
         assert_right(run(cpu, hostile, **changes), same, r, dtype)
     if rows > 1 and width > 7:
