@@ -59,6 +59,7 @@ class ModelConfig:
     ropes: tuple[Rope, ...] = ()
     rope_of_layer: tuple[int, ...] = ()  # index into ropes, one a layer; empty without rotary positions
     position_offset: int | None = None  # learned positions: row of a text's first token; None: no such table
+    position_pad: int | None = None  # an id that takes row `position_offset - 1` and is not counted (RoBERTa's <pad>, as text)
     position_rows: int = 0
     type_rows: int = 0  # token-type table; row 0 is added to every token
     embedding_norm: bool = False

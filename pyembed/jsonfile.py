@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 T = TypeVar("T")
+LARGEST_NUMBER = 10**30  # transformers writes a tokenizer without a limit as 10**30
 LARGEST_JSON = 256 << 20  # bytes; the largest tokenizer.json in use are about 35 MB
 
 
@@ -56,9 +57,11 @@ class Fields:
                 raise ValueError(f"{self.path} lacks the field {self.where}{name} ({kind.__name__}).")
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value) if abs(value) < 1 << 1000 else math.inf
+            value = float(value) if abs(value) <= LARGEST_NUMBER else math.inf
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{self.path}: {self.where}{name} is {value!r}; expected {kind.__name__}.")
+        if kind is int and isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+            raise ValueError(f"{self.path}: {self.where}{name} is beyond 10**30; expected a number that something could have.")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{self.path}: {self.where}{name} is {value!r}; expected a finite number.")
         return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pyembed.batch import PackedBatch
@@ -51,6 +52,17 @@ class Weights:
     heads: tuple[Head, ...]
 
 
+def position_rows(batch: PackedBatch, config: ModelConfig) -> Tensor:
+    """Each token's row of the table of learned positions, [T] int64."""
+    assert config.position_offset is not None
+    if config.position_pad is None:
+        return batch.positions + config.position_offset
+    counted = (batch.input_ids != config.position_pad).long()
+    before = counted.cumsum(0) - counted  # counted tokens before each one, over the whole batch
+    first = torch.arange(len(before), device=before.device) - batch.positions  # where each token's text starts
+    return (before - before[first]) * counted + (config.position_offset - 1 + counted)
+
+
 def forward(weights: Weights, batch: PackedBatch, ops: Ops) -> Tensor:
     """Packed ids to hidden states [T, D] in the activation dtype, before the final norm. Spare rows hold anything."""
     config = weights.config
@@ -58,7 +70,7 @@ def forward(weights: Weights, batch: PackedBatch, ops: Ops) -> Tensor:
         batch.input_ids,
         weights.tokens,
         scale=config.embed_scale,
-        positions=None if config.position_offset is None else batch.positions + config.position_offset,
+        positions=None if config.position_offset is None else position_rows(batch, config),
         position_table=weights.positions,
         type_row=weights.type_row,
         norm=weights.embedding_norm,

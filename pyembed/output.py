@@ -75,23 +75,27 @@ class Output:
         with uninterrupted():
             if self._file.closed:
                 return
-            with suppress(OSError):  # a full disk: what is on it counts
-                self._flush()
+            with suppress(OSError):  # a full disk: what fits counts
+                try:
+                    self._flush()
+                except OSError:
+                    while self._state[2]:
+                        self._flush(1)
             self._file.truncate(self._state[1])
             self._write(header(self.path.suffix, self.rows, self.dim, self.dtype), 0)
             self._file.close()
             if not self.rows:
                 partial(self.path).unlink()
 
-    def _flush(self) -> None:
-        """Write the waiting rows and then the header that counts them."""
+    def _flush(self, count: int | None = None) -> None:
+        """Write the waiting rows, or the first `count`, and then the header that counts them."""
         before, size, waiting = self._state
-        rows = np.stack(waiting) if waiting else np.empty((0, self.dim), self.dtype)
+        rows = np.stack(waiting[:count]) if waiting else np.empty((0, self.dim), self.dtype)
         assert rows.shape[1:] == (self.dim,), (rows.shape, self.dim)
         assert rows.dtype == self.dtype, (rows.dtype, self.dtype)
         content = lines(rows) if self.path.suffix == ".jsonl" else rows.tobytes()
         self._write(content, size)
-        self._state = (before + len(rows), size + len(content), [])
+        self._state = (before + len(rows), size + len(content), waiting[len(rows) :])
         self._write(header(self.path.suffix, self.rows, self.dim, self.dtype), 0)
 
     def _write(self, content: bytes, at: int) -> None:

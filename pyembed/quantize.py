@@ -49,12 +49,13 @@ def as_float(vectors: Any) -> Tensor:
     if isinstance(vectors, list | tuple) and len(vectors) and isinstance(vectors[0], Tensor):
         vectors = torch.stack(list(vectors))
     tensor = vectors if isinstance(vectors, Tensor) else torch.as_tensor(np.asarray(vectors))
-    return torch.atleast_2d(tensor.float())
+    rows: Tensor = torch.atleast_2d(tensor.float())
+    return rows
 
 
-def similarity(name: str, a: Any, b: Any, *, pairwise: bool = False) -> Tensor:
+def similarity(name: str, embeddings1: Any, embeddings2: Any, *, pairwise: bool = False) -> Tensor:
     """Scores [N, M], or [N] pairwise: cosine, dot, or the negative euclidean or manhattan distance."""
-    a, b = as_float(a), as_float(b)
+    a, b = as_float(embeddings1), as_float(embeddings2)
     if name in ("cosine", "dot"):
         if name == "cosine":
             a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)

@@ -282,7 +282,7 @@ def test_a_full_disk_leaves_valid_rows(small, tmp_path, suffix):
     rows = kept(error)
     assert error.startswith("pyembed: File too large. The first ")
     assert error.count("\n") == 1
-    assert rows > 0
+    assert rows > 300  # 1,302 in binary
     vectors = read_vectors(output.partial(target))
     assert len(vectors) == rows
     assert np.array_equal(vectors, Encoder(small, dtype="float32").encode([f"text {i}" for i in range(rows)]))
@@ -339,8 +339,8 @@ def test_memory_does_not_grow_with_the_number_of_texts(small, tmp_path):
         assert np.load(tmp_path / "out.npy", mmap_mode="r").shape == (count, 384)
         return most
 
-    few, many = peak(10_000), peak(60_000)
-    assert many - few < 30 << 20  # the 50,000 further vectors alone take 77 MB
+    few, many = peak(20_000), peak(100_000)
+    assert many - few < 60 << 20  # the 80,000 further vectors alone take 123 MB; the allocator moves by some 30 MB from run to run
 
 
 # search
@@ -416,10 +416,9 @@ def test_search_asks_on_a_terminal_in_colour(minilm, tmp_path):
         with contextlib.suppress(OSError):  # the other end is gone
             while select.select([main], [], [], 60)[0] and (part := os.read(main, 4096)):
                 seen += part
-                if part.endswith(b"> "):
+                if seen.endswith(b"> "):
                     os.write(main, typed.pop())
-        process.kill()
-        assert process.wait() == 0, seen
+        assert process.wait(60) == 0, seen
         os.close(main)
         return seen.decode()
 
@@ -485,8 +484,8 @@ def test_info_reads_no_weights(run, minilm, monkeypatch):
 def test_info_of_decoders(run, checkpoint, name):
     code, out, err = run("info", checkpoint(name), "--pooling", "lasttoken", "--causal")
     assert code == 0, err
-    assert re.search(r"^mask +causal(, 2 of 2 layers see 6 keys before and 0 after)?  \[argument\]$", out, re.MULTILINE), out
-    assert re.search(r"^positions +RoPE, theta [\d,]+, \d+ of \d+ dimensions; up to", out, re.MULTILINE), out
+    assert re.search(r"^mask +causal(, 3 of 3 layers see 6 keys before and 0 after)?  \[argument\]$", out, re.MULTILINE), out
+    assert re.search(r"^positions +RoPE, theta [\d,]+, 16 of 16 dimensions; up to 256  \[config.json\]$", out, re.MULTILINE), out
 
 
 def test_info_without_a_model(run):

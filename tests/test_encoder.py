@@ -151,7 +151,7 @@ def test_prompts(minilm, peer):
     assert np.array_equal(encoder.encode_query(said), plain.encode("search: hello world"))
     assert np.array_equal(encoder.encode_document(said), plain.encode(said))
     assert np.array_equal(encoder.encode_query([said], prompt="z "), plain.encode(["z hello world"]))
-    with pytest.raises(ValueError, match="no prompt named 'nope'.*query"):
+    with pytest.raises(ValueError, match=r"no prompt named 'nope'.*query"):
         encoder.encode(said, prompt_name="nope")
     with pytest.raises(ValueError, match="default_prompt_name is 'absent'"):
         Encoder(minilm, default_prompt_name="absent")

@@ -49,6 +49,13 @@ def test_vectors_and_token_states_are_the_originals(checkpoint: Directory, name:
     compare(checkpoint(name), texts_of(name), backend)
 
 
+@pytest.mark.parametrize("name", ["roberta", "xlm-roberta", "bert"])
+def test_a_pad_token_in_the_text_is_numbered_as_the_original_does(checkpoint: Directory, name: str, backend: str | None) -> None:
+    plain = checkpoints.sentence(9)
+    words = plain.split()
+    compare(checkpoint(name), [plain, " ".join([*words[:4], "<pad>", *words[4:], "<pad>"]), "<pad> <pad>", words[0]], backend)
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-window", "qwen3", "gemma2", "embeddinggemma", "bert", "xlm-roberta"])
 def test_bfloat16_loses_no_more_than_twice_what_transformers_loses(checkpoint: Directory, name: str, backend: str | None) -> None:
     """The weights are bfloat16 numbers, so only the arithmetic differs. Root mean square over texts."""

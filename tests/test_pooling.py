@@ -143,7 +143,7 @@ def test_old_files(tmp_path: Path, modes: tuple[str, ...], backend: str | None) 
     """A flag a mode, the older name of the width, and the older names of the modules; no flag means the mean."""
     directory = made(tmp_path, "bert", dense=((24 * 2, True, "tanh"),), pooling=modes or ("mean",))
     flags = {flag: mode in modes for flag, mode in reversed(LEGACY.items())}
-    old = {"embedding_dimension": ABSENT, "pooling_mode": ABSENT, "word_embedding_dimension": 48, **flags}
+    old = {"embedding_dimension": ABSENT, "pooling_mode": ABSENT, "include_prompt": ABSENT, "word_embedding_dimension": 48, **flags}
     directory = checkpoints.edit(directory, tmp_path / "old", "1_Pooling/config.json", **old)
     modules = (directory / "modules.json").read_text()
     assert "sentence_transformers.models." not in modules
@@ -154,6 +154,7 @@ def test_old_files(tmp_path: Path, modes: tuple[str, ...], backend: str | None) 
     if modes == ("lasttoken", "cls"):  # flags know no order: cls comes first, which the Dense module was not made for, but that is the file
         assert Encoder(directory, device="cpu", dtype="float32").spec.pooling.modes == ("cls", "lasttoken")
     compare(directory, backend)
+    compare(directory, backend, prompt=PROMPT)  # older files do not speak of it: it counts
 
 
 def test_the_transformer_in_a_folder_of_its_own(tmp_path: Path) -> None:

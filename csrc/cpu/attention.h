@@ -11,17 +11,17 @@
 constexpr int LANES = 64;
 constexpr int KEYS = 64;    // keys of a block
 constexpr int CHAIN = 64;   // products added up before they meet the rest of a score: shorter chains lose fewer bits
-constexpr int ROUND = 8;    // K and keys are padded in scratch to a multiple of this: what register blocks may overrun
+constexpr int ROUND = 8;    // K is rounded up to a multiple of this in scratch: what register blocks may overrun
 
 // Rows that are broadcast against QV vectors of queries: enough independent sums to hide the latency of FMA, within the registers.
 template <int QV>
 constexpr int BROADCAST = QV <= 2 && W == 16 ? 8 : 4;
 
 struct Chunk {       // scratch of one thread while it works on LANES lanes
-    float* q;        // [K, LANES]
-    float* k;        // [KEYS, Kp], Kp = K rounded up
-    float* v;        // [KEYS, Kp]
-    float* s;        // [KEYS, LANES] scores, then weights
+    float* q;        // [K, LANES] words, each one element or (AVX512-BF16) two: layout L says
+    float* k;        // [KEYS, Kp] words, Kp = K rounded up; columns beyond K hold anything
+    float* v;        // [KEYS, Kp] words, two keys in one where L has two
+    float* s;        // [KEYS, LANES] scores, then weights in words
     float* o;        // [Kp, LANES] weighted sum of values so far
     float* top;      // [LANES] largest score so far, in units of log2
     float* total;    // [LANES] sum of weights so far
@@ -33,12 +33,10 @@ struct Chunk {       // scratch of one thread while it works on LANES lanes
     bool more;       // some block has been added to o
 };
 
-static inline int64_t padded(int64_t n) { return (n + ROUND - 1) / ROUND * ROUND; }
-
 static inline Chunk chunk_scratch(int64_t K) {
     Chunk c{};
-    c.Kp = padded(K);
-    float* at = scratch((3 * c.Kp + KEYS) * LANES + 2 * KEYS * c.Kp - c.Kp * LANES + 5 * LANES);
+    c.Kp = (K + ROUND - 1) / ROUND * ROUND;
+    float* at = scratch((2 * c.Kp + KEYS + 5) * LANES + 2 * KEYS * c.Kp);
     c.q = at;
     c.k = c.q + c.Kp * LANES;
     c.v = c.k + KEYS * c.Kp;
@@ -52,19 +50,55 @@ static inline Chunk chunk_scratch(int64_t K) {
     return c;
 }
 
-// Float32 copies of `count` rows of K, zeros up to Kp. The next head is fetched ahead: rows are too far apart for the hardware to guess.
+// The keys or values of one text and head, by position: its prefix, then its own.
 template <class T>
-static inline void pack_rows(const T* from, const HeadRows& rows, int64_t count, int64_t K, float* to, int64_t Kp) {
-    for (int64_t j = 0; j < count; ++j, from += rows.token_stride, to += Kp) {
-        for (int64_t d = 0; d < K; d += W) {
-            __builtin_prefetch(from + d + rows.head_stride);
-            store_row(to, d, Kp, load_row(from, d, K));
+struct Source {
+    const T *prefix, *own;
+    int64_t prefix_stride, own_stride, shared;  // `shared` positions are the prefix
+    int64_t ahead;  // to the next head, which is fetched ahead: rows are too far apart for the hardware to guess
+
+    const T* row(int64_t position) const {
+        return position < shared ? prefix + position * prefix_stride : own + (position - shared) * own_stride;
+    }
+};
+
+template <class T>
+static inline Source<T> source(const HeadRows& prefix, int64_t prefix_row, int64_t shared, const HeadRows& own, int64_t own_row, int64_t g) {
+    const T* at = shared == 0 ? nullptr : (const T*)prefix.data + prefix_row * prefix.token_stride + g * prefix.head_stride;
+    const T* mine = (const T*)own.data + own_row * own.token_stride + g * own.head_stride;
+    return Source<T>{at, mine, prefix.token_stride, own.token_stride, shared, own.head_stride};
+}
+
+template <class L, class T>
+static inline void pack_keys(const Source<T>& from, int64_t first, int64_t count, int64_t K, float* to, int64_t Kp) {
+    for (int64_t j = 0; j < count; ++j, to += Kp) {
+        const T* row = from.row(first + j);
+        for (int64_t i = 0; i < K / L::PER_WORD; i += W) {
+            __builtin_prefetch(row + i * L::PER_WORD + from.ahead);
+            store_row(to, i, Kp, L::words(row, i, K));
         }
     }
 }
 
-// S[key][lane] = q . k over `count` dimensions for BROADCAST keys and QV vectors of queries; added to what is there if `more`.
-template <int QV>
+template <class L, class T>
+static inline void pack_values(const Source<T>& from, int64_t first, int64_t count, int64_t K, float* to, int64_t Kp) {
+    for (int64_t j = 0; j < count; j += L::PER_WORD, to += Kp) {
+        const T* row = from.row(first + j);
+        const T* next = j + 1 < count ? from.row(first + j + 1) : nullptr;  // an odd last key is paired with zeros
+        for (int64_t d = 0; d < K; d += W) {
+            __builtin_prefetch(row + d + from.ahead);
+            V v = load_row(row, d, K);
+            if constexpr (L::PER_WORD == 2) {
+                if (next) __builtin_prefetch(next + d + from.ahead);
+                v = L::merge(v, next ? load_row(next, d, K) : zero());
+            }
+            store_row(to, d, Kp, v);
+        }
+    }
+}
+
+// S[key][lane] = q . k over `count` words for BROADCAST keys and QV vectors of queries; added to what is there if `more`.
+template <class L, int QV>
 static inline void score_block(const float* q, const float* k, int64_t count, int64_t Kp, bool more, float* s) {
     constexpr int R = BROADCAST<QV>;
     V acc[R][QV];
@@ -80,7 +114,7 @@ static inline void score_block(const float* q, const float* k, int64_t count, in
         for (int r = 0; r < R; ++r) {
             const V y = set1(k[r * Kp + d]);
 #pragma GCC unroll 4
-            for (int i = 0; i < QV; ++i) acc[r][i] = fma(x[i], y, acc[r][i]);
+            for (int i = 0; i < QV; ++i) acc[r][i] = L::multiply_add(x[i], y, acc[r][i]);
         }
     }
 #pragma GCC unroll 8
@@ -93,7 +127,7 @@ static inline void score_block(const float* q, const float* k, int64_t count, in
 }
 
 // O[d][lane] = O * shrink + P . V for BROADCAST dimensions and QV vectors of queries; O is not read unless there is `more`.
-template <int QV>
+template <class L, int QV>
 static inline void value_block(const float* p, const float* v, int64_t count, int64_t Kp, const float* shrink, bool more, float* o) {
     constexpr int R = BROADCAST<QV>;
     V acc[R][QV];
@@ -109,7 +143,7 @@ static inline void value_block(const float* p, const float* v, int64_t count, in
         for (int r = 0; r < R; ++r) {
             const V y = set1(v[j * Kp + r]);
 #pragma GCC unroll 4
-            for (int i = 0; i < QV; ++i) acc[r][i] = fma(x[i], y, acc[r][i]);
+            for (int i = 0; i < QV; ++i) acc[r][i] = L::multiply_add(x[i], y, acc[r][i]);
         }
     }
 #pragma GCC unroll 8
@@ -121,32 +155,34 @@ static inline void value_block(const float* p, const float* v, int64_t count, in
         }
 }
 
-template <int QV>
+template <class L, int QV>
 static inline void scores(const Chunk& c, int lane, int64_t count, int64_t K) {
     for (int64_t j = 0; j < count; j += BROADCAST<QV>) {
-        for (int64_t d = 0; d < K; d += CHAIN) {
-            score_block<QV>(c.q + d * LANES + lane, c.k + j * c.Kp + d, least(CHAIN, K - d), c.Kp, d > 0, c.s + j * LANES + lane);
+        for (int64_t d = 0; d < K / L::PER_WORD; d += CHAIN) {
+            score_block<L, QV>(c.q + d * LANES + lane, c.k + j * c.Kp + d, least(CHAIN, K / L::PER_WORD - d), c.Kp, d > 0, c.s + j * LANES + lane);
         }
     }
 }
-template <int QV>
+template <class L, int QV>
 static inline void values(const Chunk& c, int lane, int64_t count, int64_t K) {
     for (int64_t d = 0; d < K; d += BROADCAST<QV>) {
-        value_block<QV>(c.s + lane, c.v + d, count, c.Kp, c.shrink + lane, c.more, c.o + d * LANES + lane);
+        value_block<L, QV>(c.s + lane, c.v + d, (count + L::PER_WORD - 1) / L::PER_WORD, c.Kp, c.shrink + lane, c.more, c.o + d * LANES + lane);
     }
 }
 
 // Calls scores or values for all vectors in use, QMAX at a time.
-#define PYEMBED_FOR_LANES(FUNCTION)                                        \
-    for (int i = 0; i < c.vectors; i += QMAX) {                            \
-        switch (least(QMAX, c.vectors - i)) {                              \
-            case 1: FUNCTION<1>(c, i * W, count, K); break;                \
-            case 2: FUNCTION<2>(c, i * W, count, K); break;                \
-            case 3: FUNCTION<(QMAX > 2 ? 3 : 1)>(c, i * W, count, K); break; \
-            case 4: FUNCTION<(QMAX > 2 ? 4 : 1)>(c, i * W, count, K); break; \
-        }                                                                  \
+#define PYEMBED_FOR_LANES(FUNCTION)                                             \
+    for (int i = 0; i < c.vectors; i += QMAX) {                                 \
+        switch (least(QMAX, c.vectors - i)) {                                   \
+            case 1: FUNCTION<L, 1>(c, i * W, count, K); break;                  \
+            case 2: FUNCTION<L, 2>(c, i * W, count, K); break;                  \
+            case 3: FUNCTION<L, (QMAX > 2 ? 3 : 1)>(c, i * W, count, K); break; \
+            case 4: FUNCTION<L, (QMAX > 2 ? 4 : 1)>(c, i * W, count, K); break; \
+        }                                                                       \
     }
+template <class L>
 static inline void all_scores(const Chunk& c, int64_t count, int64_t K) { PYEMBED_FOR_LANES(scores) }
+template <class L>
 static inline void all_values(const Chunk& c, int64_t count, int64_t K) { PYEMBED_FOR_LANES(values) }
 #undef PYEMBED_FOR_LANES
 
@@ -184,7 +220,7 @@ static inline void hide(const Chunk& c, int64_t first, int64_t count, float low,
 }
 
 // Scores to weights 2^(s * unit - largest), rounded to T before they meet V while their sum is not; updates top, total and shrink.
-template <class T>
+template <class L, class T>
 static inline void weigh(const Chunk& c, int64_t count, float unit) {
     const V units = set1(unit);
     for (int i = 0; i < c.vectors; ++i) {
@@ -196,10 +232,16 @@ static inline void weigh(const Chunk& c, int64_t count, float unit) {
         const V pivot = if_less(set1(-__builtin_inff()), top, top, zero());  // nothing seen yet: -inf - -inf would be NaN
         const V shrink = exp2_negative(before - pivot);
         V sum = zero();
-        for (int64_t j = 0; j < count; ++j) {
+        for (int64_t j = 0; j < count; j += L::PER_WORD) {
             const V weight = exp2_negative(fma(load(s + j * LANES), units, zero() - pivot));
             sum = sum + weight;
-            store(s + j * LANES, round_to<T>(weight));
+            V word = round_to<T>(weight);
+            if constexpr (L::PER_WORD == 2) {
+                const V next = j + 1 < count ? exp2_negative(fma(load(s + (j + 1) * LANES), units, zero() - pivot)) : zero();
+                sum = sum + next;
+                word = L::merge(word, round_to<T>(next));
+            }
+            store(s + j / L::PER_WORD * LANES, word);
         }
         store(c.top + i * W, top);
         store(c.shrink + i * W, shrink);
@@ -223,7 +265,7 @@ struct Span {
     }
 };
 
-template <class T>
+template <class L, class T>
 static inline void load_queries(const AttentionParams& p, Span at, const Chunk& c) {
     const T* from[LANES];
     for (int64_t l = 0; l < c.vectors * W; ++l) {
@@ -233,14 +275,15 @@ static inline void load_queries(const AttentionParams& p, Span at, const Chunk& 
         if (l + 1 < at.lanes) at.step();  // idle lanes repeat the last
     }
     for (int i = 0; i < c.vectors; ++i) {
-        for (int64_t d = 0; d < p.K; d += W) {
+        const int64_t words = p.K / L::PER_WORD;
+        for (int64_t d = 0; d < words; d += W) {
             V rows[W];
             for (int l = 0; l < W; ++l) {
-                __builtin_prefetch(from[i * W + l] + d + p.q.head_stride);
-                rows[l] = load_row(from[i * W + l], d, p.K);
+                __builtin_prefetch(from[i * W + l] + d * L::PER_WORD + p.q.head_stride);
+                rows[l] = L::words(from[i * W + l], d, p.K);
             }
             transpose(rows);
-            for (int64_t r = 0; r < least(W, p.K - d); ++r) store(c.q + (d + r) * LANES + i * W, rows[r]);
+            for (int64_t r = 0; r < least(W, words - d); ++r) store(c.q + (d + r) * LANES + i * W, rows[r]);
         }
     }
 }
@@ -262,22 +305,7 @@ static inline void store_queries(const AttentionParams& p, Span at, const Chunk&
     }
 }
 
-// Keys or values first .. first + count of a text whose first `shared` positions are its prefix.
-template <class T>
-static inline void pack_block(const HeadRows& prefix, int64_t prefix_row, int64_t shared, const HeadRows& own, int64_t own_row, int64_t g,
-                              int64_t first, int64_t count, const Chunk& c, int64_t K, float* to) {
-    const int64_t from_prefix = most(0, least(count, shared - first));
-    if (from_prefix > 0) {
-        const T* at = (const T*)prefix.data + (prefix_row + first) * prefix.token_stride + g * prefix.head_stride;
-        pack_rows(at, prefix, from_prefix, K, to, c.Kp);
-    }
-    if (from_prefix < count) {
-        const T* at = (const T*)own.data + (own_row + first + from_prefix - shared) * own.token_stride + g * own.head_stride;
-        pack_rows(at, own, count - from_prefix, K, to + from_prefix * c.Kp, c.Kp);
-    }
-}
-
-template <class T>
+template <class T, class L>
 static void attend(const AttentionParams& p, int64_t n, int64_t tile, int64_t g) {
     const int64_t own = p.cu_k[n + 1] - p.cu_k[n], all_queries = p.cu_q[n + 1] - p.cu_q[n];
     const int64_t which = p.prefix_k.data ? p.prefix_of[n] : -1;
@@ -293,16 +321,18 @@ static void attend(const AttentionParams& p, int64_t n, int64_t tile, int64_t g)
     span.position = start + skipped;
     const int64_t last = span.position + span.queries - 1;
     const int64_t right = p.causal ? 0 : p.right;
-    const int64_t seen_from = p.left < 0 ? 0 : most(0, span.position - p.left);
+    const int64_t seen_from = p.left < 0 ? 0 : most(0, span.position - p.left) / 2 * 2;  // even: the same keys make a pair in every tile
     const int64_t seen_to = right < 0 ? length : least(length, last + right + 1);
     const float low = p.left < 0 ? -__builtin_inff() : float(-p.left), high = right < 0 ? __builtin_inff() : float(right);
     const bool plain = p.softcap == 0 && !p.bias && p.scale > 0;  // then scaling is left to the exponential, in hidden blocks and others
 
+    const Source<T> keys = source<T>(p.prefix_k, prefix_row, shared, p.k, p.cu_k[n], g);
+    const Source<T> rows = source<T>(p.prefix_v, prefix_row, shared, p.v, p.cu_k[n], g);
     Chunk c = chunk_scratch(p.K);
     for (int64_t left = group * span.queries; left > 0; left -= LANES) {
         span.lanes = least(LANES, left);
         c.vectors = int((span.lanes + W - 1) / W);
-        load_queries<T>(p, span, c);
+        load_queries<L, T>(p, span, c);
         if (seen_from >= seen_to) {
             for (int64_t i = 0; i < c.Kp * LANES; i += W) store(c.o + i, zero());
         }
@@ -313,36 +343,39 @@ static void attend(const AttentionParams& p, int64_t n, int64_t tile, int64_t g)
         for (int64_t first = seen_from, end; first < seen_to; first = end) {
             end = least(seen_to, (first / KEYS + 1) * KEYS);
             const int64_t count = end - first;
-            pack_block<T>(p.prefix_k, prefix_row, shared, p.k, p.cu_k[n], g, first, count, c, p.K, c.k);
-            for (int64_t i = count * c.Kp; i < padded(count) * c.Kp; i += ROUND) {
-                for (int r = 0; r < ROUND; ++r) c.k[i + r] = 0.0f;
-            }
-            pack_block<T>(p.prefix_v, prefix_row, shared, p.v, p.cu_k[n], g, first, count, c, p.K, c.v);
-            all_scores(c, count, p.K);
+            pack_keys<L>(keys, first, count, p.K, c.k, c.Kp);
+            pack_values<L>(rows, first, count, p.K, c.v, c.Kp);
+            all_scores<L>(c, count, p.K);
             if (!plain) finish_scores(p, c, first, count);
             const bool partly = (p.left >= 0 && first < last - p.left) || (right >= 0 && end - 1 > span.position + right);
             if (partly) hide(c, first, count, low, high);
-            weigh<T>(c, count, plain ? p.scale * LOG2E : 1.0f);
+            weigh<L, T>(c, count, plain ? p.scale * LOG2E : 1.0f);
             c.more = first > seen_from;
-            all_values(c, count, p.K);
+            all_values<L>(c, count, p.K);
         }
         store_queries<T>(p, span, c);
         for (int64_t l = 0; l < span.lanes; ++l) span.step();
     }
 }
 
-template <class T>
+template <class T, class L>
 static void attend_all(const AttentionParams& p) {
     // a thread takes the heads of a tile together where there are tiles enough: their rows are neighbours in memory
     const int64_t items = p.num_tiles * p.G, together = most(1, least(p.G, items / (p.threads * 16)));
 #pragma omp parallel for num_threads(p.threads) schedule(dynamic, together)
     for (int64_t item = 0; item < items; ++item) {
         const int32_t* entry = p.tiles + 2 * (item / p.G);
-        attend<T>(p, entry[0], entry[1], item % p.G);
+        attend<T, L>(p, entry[0], entry[1], item % p.G);
     }
 }
 
 static void attention(const AttentionParams& p) {
     ran(ISA);
-    p.dtype == Dtype::f32 ? attend_all<float>(p) : attend_all<bf16>(p);
+    if (p.dtype == Dtype::f32) {
+        attend_all<float, Singles<float>>(p);
+    } else if (p.K % Narrow::PER_WORD == 0) {
+        attend_all<bf16, Narrow>(p);
+    } else {
+        attend_all<bf16, Singles<bf16>>(p);
+    }
 }

@@ -25,6 +25,7 @@ extern const Kernels generic_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512_bf16_kernels;
 #endif
 
 // Scratch memory of the calling thread, 64-byte aligned, kept for its next call. A second call may move the first one's memory.

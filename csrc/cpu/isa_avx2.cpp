@@ -7,6 +7,7 @@
 #pragma GCC target("avx2,fma")
 namespace pyembed {
 namespace avx2 {
+constexpr const char* ISA = "avx2";
 #include "vec_avx2.h"
 
 #include "kernels.h"

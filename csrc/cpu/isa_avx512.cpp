@@ -7,6 +7,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 namespace pyembed {
 namespace avx512 {
+constexpr const char* ISA = "avx512";
 #include "vec_avx512.h"
 
 #include "kernels.h"

@@ -3,6 +3,7 @@
 
 namespace pyembed {
 namespace generic {
+constexpr const char* ISA = "generic";
 #include "vec_generic.h"
 
 #include "kernels.h"

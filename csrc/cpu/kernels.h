@@ -5,6 +5,13 @@
 
 #include "norm.h"
 
+#include "singles.h"
+#ifdef PYEMBED_PAIRS
+#include "pairs.h"
+#else
+using Narrow = Singles<bf16>;  // how attention multiplies bfloat16
+#endif
+
 #include "activation.h"
 #include "attention.h"
 #include "embed.h"

@@ -1,6 +1,5 @@
 // Eight floats with AVX2 and FMA. The names are explained in vec_generic.h.
 
-constexpr const char* ISA = "avx2";
 constexpr int W = 8;
 constexpr int QMAX = 2;
 

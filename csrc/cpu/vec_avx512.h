@@ -1,6 +1,5 @@
 // Sixteen floats with AVX-512 F, BW, DQ and VL. The names are explained in vec_generic.h.
 
-constexpr const char* ISA = "avx512";
 constexpr int W = 16;
 constexpr int QMAX = 4;
 

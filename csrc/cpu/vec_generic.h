@@ -3,7 +3,6 @@
 // Every vec_*.h defines the same names. `max` and `min` return b where either is NaN; `if_less` is false there. load_n and store_n
 // touch the first n < W elements only, and the other lanes read as zero.
 
-constexpr const char* ISA = "generic";
 constexpr int W = 4;     // lanes
 constexpr int QMAX = 2;  // vectors of queries that attention holds in registers at once
 

@@ -51,6 +51,7 @@ def read(fields: Fields) -> ModelConfig:
         causal=False,
         windows=(None,) * layers,
         position_offset=offset,
+        position_pad=offset - 1 if kind != "bert" else None,
         position_rows=rows,
         type_rows=fields.positive("type_vocab_size", 2),
         embedding_norm=True,

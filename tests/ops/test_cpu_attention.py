@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_check import DTYPES, assert_misses, assert_right, error, hostile, limit, normal, offsets
+from op_check import DTYPES, assert_misses, assert_right, error, hostile, limit, normal, offsets, one_thread
 from torch import Tensor
 
 from pyembed.ops import DistanceBias, Prefix, cpu, reference
@@ -54,7 +54,8 @@ def expected(case: Case, dtype: torch.dtype) -> Tensor:
     if arguments.get("prefix") is not None:
         p = arguments["prefix"]
         arguments["prefix"] = replace(p, k=p.k.to(dtype), v=p.v.to(dtype))
-    return reference.attention(q, k, v, offsets(case.queries), offsets(case.keys), None, **arguments)
+    with one_thread():
+        return reference.attention(q, k, v, offsets(case.queries), offsets(case.keys), None, **arguments)
 
 
 def check(case: Case, *wrong: dict[str, Any]) -> None:
@@ -79,7 +80,7 @@ def a_prefix(case: Case, lengths: list[int], of: list[int]) -> Prefix:
 @dtypes
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(
-    ("heads", "groups", "width"), [(2, 2, 16), (3, 1, 20), (12, 12, 32), (4, 2, 64), (5, 5, 77), (8, 1, 128), (2, 1, 256)]
+    ("heads", "groups", "width"), [(2, 2, 16), (3, 1, 20), (12, 12, 32), (4, 2, 64), (5, 5, 77), (2, 1, 256)]
 )
 def test_shapes(dtype: torch.dtype, heads: int, groups: int, width: int, causal: bool) -> None:
     case = Case(dtype, LENGTHS, LENGTHS, heads, groups, width).change(causal=causal)
@@ -226,7 +227,7 @@ texts = st.lists(st.tuples(st.integers(0, 140), st.integers(0, 140), st.integers
 limits = st.one_of(st.none(), st.tuples(st.integers(-1, 80), st.integers(-1, 80)))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=texts,
     group=st.integers(1, 3),

@@ -23,7 +23,7 @@ def spans(lengths: list[int] = LENGTHS, left_out: list[int] = LEFT_OUT) -> Tenso
 
 
 @pytest.mark.parametrize("mode", POOL_MODES)
-@pytest.mark.parametrize("width", [1, 19, 384])
+@pytest.mark.parametrize("width", [1, 19, 200])
 def test_modes(dtype: torch.dtype, mode: PoolMode, width: int) -> None:
     x = normal(sum(LENGTHS) + 5, width, dtype=dtype) + 0.5
     x[sum(LENGTHS) :] = torch.nan
@@ -44,7 +44,7 @@ def test_modes(dtype: torch.dtype, mode: PoolMode, width: int) -> None:
             for other in POOL_MODES:
                 if other != mode and not {"normalize": True}.items() <= options.items():
                     assert_misses(cpu.pool(x, offsets(LENGTHS), spans(), other, **options), same, r, torch.float32)
-            if mode != "lasttoken" and (mode != "max" or width == 384):  # one token more or less need not hold a maximum
+            if mode != "lasttoken" and (mode != "max" or width == 200):  # one token more or less need not hold a maximum
                 shifted = spans(left_out=[0, 4, 7, 0, 12, 2])
                 assert_misses(cpu.pool(x, offsets(LENGTHS), shifted, mode, **options), same, r, torch.float32)
 

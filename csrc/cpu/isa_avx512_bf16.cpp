@@ -1,0 +1,18 @@
+// The kernels for AVX-512 F, BW, DQ and VL with BF16: as isa_avx512.cpp, but attention multiplies bfloat16 in pairs. The pragma stays in force to the end of the file: templates are instantiated there.
+#include "dispatch.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+namespace pyembed {
+namespace avx512_bf16 {
+constexpr const char* ISA = "avx512_bf16";
+#include "vec_avx512.h"
+
+#define PYEMBED_PAIRS
+#include "kernels.h"
+}  // namespace avx512_bf16
+const Kernels avx512_bf16_kernels = avx512_bf16::kernels;
+}  // namespace pyembed
+#endif
