@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 
 from pyembed.batch import PackedBatch
 from pyembed.config import ModelConfig
+from pyembed.linear import Linear
 from pyembed.ops import Norm, Ops
-
-if TYPE_CHECKING:
-    from pyembed.model import Layer
 
 Tables = list[tuple[Tensor, Tensor, Tensor]]  # cos, sin [positions, R / 2], and each token's row [T]
 Stream = tuple[Tensor, Tensor | None]  # hidden [T, D], delta [T, D]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    qkv: Linear  # D -> (H + 2 G) * K
+    out: Linear  # H * K -> D
+    up: Linear  # D -> 2 F, rows [gate; up], or D -> F
+    down: Linear  # F -> D
+    attention_norm: Norm  # before attention; after it in a post-norm block
+    mlp_norm: Norm
+    post_attention_norm: Norm | None  # sandwich blocks
+    post_mlp_norm: Norm | None
+    q_norm: Norm | None  # weight [K]
+    k_norm: Norm | None
+    window: tuple[int, int] | None  # keys before and after the query that it sees
+    rope: int | None  # index into Weights.rotary
 
 
 def norm(x: Tensor, weights: Norm, ops: Ops, residual: Tensor | None = None) -> Tensor:
@@ -86,5 +101,5 @@ def post_norm(x: Tensor, delta: Tensor | None, layer: Layer, config: ModelConfig
     return norm(mlp(x, layer, config, ops), layer.mlp_norm, ops, x), None
 
 
-Block = Callable[[Tensor, Tensor | None, "Layer", ModelConfig, Tables, PackedBatch, Ops], Stream]
+Block = Callable[[Tensor, Tensor | None, Layer, ModelConfig, Tables, PackedBatch, Ops], Stream]
 BLOCKS: dict[str, Block] = {"pre": pre_norm, "sandwich": sandwich, "post": post_norm}

@@ -66,11 +66,11 @@ class Fields:
             raise ValueError(f"{self.path}: {self.where}{name} is {value!r}; expected a finite number.")
         return value
 
-    def positive(self, name: str, default: int | None = None) -> int:
-        """An int field of at least 1."""
+    def positive(self, name: str, default: int | None = None, *, most: int = 2**31 - 1) -> int:
+        """An int field of at least 1 and at most `most`, so that no size is taken at its word before memory is."""
         value = self.get(name, int) if default is None else self.get(name, int, default)
-        if value < 1:
-            raise ValueError(f"{self.path}: {self.where}{name} is {value}; expected a positive integer.")
+        if not 1 <= value <= most:
+            raise ValueError(f"{self.path}: {self.where}{name} is {value}; expected a positive integer of at most {most}.")
         return value
 
     def sub(self, name: str) -> Fields | None:

@@ -8,27 +8,11 @@ import torch
 from torch import Tensor
 
 from pyembed.batch import PackedBatch
-from pyembed.blocks import BLOCKS
+from pyembed.blocks import BLOCKS, Layer
 from pyembed.config import ModelConfig
 from pyembed.linear import Linear
 from pyembed.ops import Norm, Ops
 from pyembed.rope import Rotary
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    qkv: Linear  # D -> (H + 2 G) * K
-    out: Linear  # H * K -> D
-    up: Linear  # D -> 2 F, rows [gate; up], or D -> F
-    down: Linear  # F -> D
-    attention_norm: Norm  # before attention; after it in a post-norm block
-    mlp_norm: Norm
-    post_attention_norm: Norm | None  # sandwich blocks
-    post_mlp_norm: Norm | None
-    q_norm: Norm | None  # weight [K]
-    k_norm: Norm | None
-    window: tuple[int, int] | None  # keys before and after the query that it sees
-    rope: int | None  # index into Weights.rotary
 
 
 @dataclass(frozen=True, slots=True)

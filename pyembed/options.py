@@ -83,12 +83,12 @@ def default_length(spec: ModelSpec, tokenizer: Tokenizer) -> int | None:
 
 def as_texts(inputs: Any) -> tuple[bool, Iterable[str]]:
     """Whether it is one text, and the texts: a list where their number is known, else the iterator itself."""
+    if isinstance(inputs, np.ndarray):
+        inputs = inputs.tolist()  # a str where it has no dimension
     if isinstance(inputs, str):
         return True, [inputs]
     if isinstance(inputs, bytes | dict | set) or not hasattr(inputs, "__iter__"):
         raise TypeError(f"inputs is a {type(inputs).__name__}; expected a str or an iterable of str.")
-    if isinstance(inputs, np.ndarray):
-        return False, inputs.tolist()
     if hasattr(inputs, "__len__"):
         return False, inputs if isinstance(inputs, list | tuple) else list(inputs)
     return False, inputs

@@ -13,10 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pyembed.blocks import Layer
 from pyembed.config import DenseConfig, ModelConfig, TensorNames
 from pyembed.jsonfile import Fields
 from pyembed.linear import linear, packable
-from pyembed.model import Head, Layer, Weights
+from pyembed.model import Head, Weights
 from pyembed.ops import Norm
 from pyembed.rope import Rotary
 

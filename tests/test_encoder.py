@@ -38,6 +38,7 @@ def test_shapes_and_kinds(encoder):
     assert many.shape == (len(TEXTS), 384)
     assert many.dtype == np.float32
     assert np.array_equal(one, many[0])
+    assert np.array_equal(encoder.encode(np.array(TEXTS[0])), one)
     tensor = encoder.encode(TEXTS, convert_to_tensor=True)
     assert isinstance(tensor, torch.Tensor)
     assert np.array_equal(tensor.numpy(), many)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, cast
 
 from pyembed.config import Family, ModelConfig, TensorNames
-from pyembed.families.common import activation
+from pyembed.families.common import MOST_LAYERS, activation
 from pyembed.jsonfile import Fields
 
 
@@ -24,7 +24,7 @@ def read(fields: Fields) -> ModelConfig:
     act = activation(fields, "hidden_act", "gelu")
     if act == "silu":
         raise ValueError(f"{fields.path}: hidden_act 'silu' is not supported without a gate; expected a GELU.")
-    layers = fields.positive("num_hidden_layers")
+    layers = fields.positive("num_hidden_layers", most=MOST_LAYERS)
     offset = 0 if kind == "bert" else fields.get("pad_token_id", int, 1) + 1
     rows = fields.positive("max_position_embeddings", 512)
     if not 0 <= offset < rows:

@@ -8,6 +8,7 @@ from typing import cast
 from pyembed.config import Rope, RopeKind
 from pyembed.jsonfile import Fields
 
+MOST_LAYERS = 1000  # the deepest published models have about 130
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 

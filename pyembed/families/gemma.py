@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, cast
 
 from pyembed.config import Family, ModelConfig, Pooling, Recipe, Rope, TensorNames
-from pyembed.families.common import activation, bidirectional, head_counts, layer_types, rope, scaled_rope, window
+from pyembed.families.common import MOST_LAYERS, activation, bidirectional, head_counts, layer_types, rope, scaled_rope, window
 from pyembed.jsonfile import Fields
 
 
@@ -13,7 +13,7 @@ def read(fields: Fields) -> ModelConfig:
     """config.json of a Gemma 2 or Gemma 3 text model, with the defaults of transformers 5.23's configuration classes."""
     three = fields.get("model_type", str) == "gemma3_text"
     heads, groups, head_dim = head_counts(fields, 256)
-    layers = fields.positive("num_hidden_layers")
+    layers = fields.positive("num_hidden_layers", most=MOST_LAYERS)
     hidden = fields.positive("hidden_size")
     max_positions = fields.positive("max_position_embeddings", 131072 if three else 8192)
     causal = not bidirectional(fields)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, cast
 
 from pyembed.config import Family, ModelConfig, Pooling, Recipe, TensorNames
-from pyembed.families.common import activation, bidirectional, head_counts, layer_types, rope, window
+from pyembed.families.common import MOST_LAYERS, activation, bidirectional, head_counts, layer_types, rope, window
 from pyembed.jsonfile import Fields
 
 RETRIEVAL = "Given a web search query, retrieve relevant passages that answer the query"
@@ -15,7 +16,7 @@ def read(fields: Fields) -> ModelConfig:
     """config.json of a Llama-like model, with the defaults of transformers 5.23's configuration classes."""
     kind = fields.get("model_type", str)
     heads, groups, head_dim = head_counts(fields, 128 if kind == "qwen3" else None)
-    layers = fields.positive("num_hidden_layers")
+    layers = fields.positive("num_hidden_layers", most=MOST_LAYERS)
     max_positions = fields.positive("max_position_embeddings")
     flag = bidirectional(fields)
     if flag is None and "modeling_qwen.Qwen2Model" in str(fields.values.get("auto_map")):
@@ -57,6 +58,20 @@ def read(fields: Fields) -> ModelConfig:
 
 E5 = {"query": "Instruct: {instruction}\nQuery: "}
 
+# Card of intfloat/e5-mistral-7b-instruct. Its tokenizer.json adds no </s>, which the model was trained to be read at.
+E5_MISTRAL = Recipe(
+    name="e5-mistral",
+    ids=("intfloat/e5-mistral-7b-instruct",),
+    pooling=Pooling(("lasttoken",)),
+    causal=True,
+    normalize=True,
+    prepend=("<s>",),
+    append=("</s>",),
+    prompts=E5,
+    instruction=RETRIEVAL,
+    max_seq_length=4096,
+)
+
 FAMILY = Family(
     name="llama",
     model_types=("llama", "mistral", "qwen2", "qwen3"),
@@ -77,35 +92,16 @@ FAMILY = Family(
         ignored=(r"lm_head\.weight", r"(.*\.)?rotary_emb\.inv_freq"),
     ),
     recipes=(
-        # Card of intfloat/e5-mistral-7b-instruct. Its tokenizer.json adds no </s>, which the model was trained to be read at.
-        Recipe(
-            name="e5-mistral",
-            ids=("intfloat/e5-mistral-7b-instruct",),
-            pooling=Pooling(("lasttoken",)),
-            causal=True,
-            normalize=True,
-            prepend=("<s>",),
-            append=("</s>",),
-            prompts=E5,
-            instruction=RETRIEVAL,
-            max_seq_length=4096,
-        ),
+        E5_MISTRAL,
         # Cards of Salesforce/SFR-Embedding-Mistral, SFR-Embedding-2_R and Linq-AI-Research/Linq-Embed-Mistral: E5-Mistral in every axis.
-        Recipe(
+        replace(
+            E5_MISTRAL,
             name="sfr-embedding",
             ids=(
                 "Salesforce/SFR-Embedding-Mistral",
                 "Salesforce/SFR-Embedding-2_R",
                 "Linq-AI-Research/Linq-Embed-Mistral",
             ),
-            pooling=Pooling(("lasttoken",)),
-            causal=True,
-            normalize=True,
-            prepend=("<s>",),
-            append=("</s>",),
-            prompts=E5,
-            instruction=RETRIEVAL,
-            max_seq_length=4096,
         ),
         # gritlm 1.0.2, GritLM.encode: bidirectional, mean over what follows <s> and the instruction, no </s>.
         Recipe(
