@@ -20,7 +20,7 @@ demo: $(VENV)/.package $(VENV)/.model build/docstrings.jsonl
 	  "parse a date from a string" \
 	  "send an email over an encrypted connection" \
 	  "insert into a list and keep it sorted" \
-	  "what differs between two texts"
+	  "read a compressed file"
 
 # Without the extension the tests of it would be skipped, and a run without it is not a pass.
 test: $(VENV)/.tests $(VENV)/.model

@@ -98,7 +98,8 @@ struct AttentionParams {
     int threads;
 };
 
-constexpr int QUERY_TILE = 64;  // queries of a sequence in one entry of a schedule
+constexpr int QUERY_TILE = 64;     // queries of a sequence in one entry of a schedule
+constexpr int64_t EXACT = 1 << 24;  // integers up to here are exact in float32, in which attention keeps positions and columns of the bias
 
 struct ActivationParams {
     const void* x;  // [T, 2 F] = [gate | up], or [T, F] for gelu

@@ -123,14 +123,15 @@ def run_window(model: Loaded, job: Job, texts: list[str], first: int, advance: C
         vectors[indices] = rows
         for i, state in zip(indices, states, strict=False):
             token_states[i] = state
+        with model.lock:
+            model.stats.texts += len(indices)
+            model.stats.tokens += sum(len(tokens.ids[i]) for i in indices)
         if advance is not None:
             advance(len(indices))
 
     for indices in plan([len(ids) for ids in tokens.ids], job.budget, job.max_texts):
         halving(place, indices, model.device)
     with model.lock:
-        model.stats.texts += len(texts)
-        model.stats.tokens += sum(map(len, tokens.ids))
         model.stats.truncated += len(tokens.truncated)
         model.stats.replaced += len(tokens.replaced)
     assert vectors is not None

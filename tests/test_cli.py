@@ -255,7 +255,7 @@ def test_an_interrupt_leaves_valid_rows(small, tmp_path, number, code, suffix):
     process.stdin.flush()
     partial = output.partial(target)
     deadline = time.monotonic() + 60
-    while not (partial.exists() and partial.stat().st_size > 4000 * 384 * 4) and time.monotonic() < deadline:
+    while not (partial.exists() and partial.stat().st_size > 3000 * 384 * 4) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
     error = process.communicate()[1].decode()
@@ -327,8 +327,9 @@ def test_an_interrupt_at_any_point_of_the_writer_loses_and_doubles_nothing(tmp_p
 
 def test_memory_does_not_grow_with_the_number_of_texts(small, tmp_path):
     def peak(count: int) -> int:
-        (tmp_path / "in.txt").write_text("".join(f"{i}\n" for i in range(count)))
-        process = start("encode", small, tmp_path / "in.txt", "-o", tmp_path / "out.npy", "--overwrite", "-q")
+        (tmp_path / "in.txt").write_text("".join(f"{i % 100}\n" for i in range(count)))
+        env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}  # glibc gives large blocks back, in every run alike
+        process = start("encode", small, tmp_path / "in.txt", "-o", tmp_path / "out.npy", "--overwrite", "-q", env=env)
         watched, most = psutil.Process(process.pid), 0
         while process.poll() is None:
             with contextlib.suppress(psutil.Error):
@@ -339,8 +340,8 @@ def test_memory_does_not_grow_with_the_number_of_texts(small, tmp_path):
         assert np.load(tmp_path / "out.npy", mmap_mode="r").shape == (count, 384)
         return most
 
-    few, many = peak(20_000), peak(100_000)
-    assert many - few < 60 << 20  # the 80,000 further vectors alone take 123 MB; the allocator moves by some 30 MB from run to run
+    few, many = peak(10_000), peak(70_000)
+    assert many - few < 40 << 20  # the 60,000 further vectors alone take 92 MB
 
 
 # search

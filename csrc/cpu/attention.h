@@ -63,7 +63,8 @@ struct Source {
 };
 
 template <class T>
-static inline Source<T> source(const HeadRows& prefix, int64_t prefix_row, int64_t shared, const HeadRows& own, int64_t own_row, int64_t g) {
+static inline Source<T> source(const HeadRows& prefix, int64_t prefix_row, int64_t shared, const HeadRows& own, int64_t own_row,
+                               int64_t g) {
     const T* at = shared == 0 ? nullptr : (const T*)prefix.data + prefix_row * prefix.token_stride + g * prefix.head_stride;
     const T* mine = (const T*)own.data + own_row * own.token_stride + g * own.head_stride;
     return Source<T>{at, mine, prefix.token_stride, own.token_stride, shared, own.head_stride};
@@ -157,16 +158,19 @@ static inline void value_block(const float* p, const float* v, int64_t count, in
 
 template <class L, int QV>
 static inline void scores(const Chunk& c, int lane, int64_t count, int64_t K) {
+    const int64_t words = K / L::PER_WORD;
     for (int64_t j = 0; j < count; j += BROADCAST<QV>) {
-        for (int64_t d = 0; d < K / L::PER_WORD; d += CHAIN) {
-            score_block<L, QV>(c.q + d * LANES + lane, c.k + j * c.Kp + d, least(CHAIN, K / L::PER_WORD - d), c.Kp, d > 0, c.s + j * LANES + lane);
+        float* s = c.s + j * LANES + lane;
+        for (int64_t d = 0; d < words; d += CHAIN) {
+            score_block<L, QV>(c.q + d * LANES + lane, c.k + j * c.Kp + d, least(CHAIN, words - d), c.Kp, d > 0, s);
         }
     }
 }
 template <class L, int QV>
 static inline void values(const Chunk& c, int lane, int64_t count, int64_t K) {
+    const int64_t words = (count + L::PER_WORD - 1) / L::PER_WORD;
     for (int64_t d = 0; d < K; d += BROADCAST<QV>) {
-        value_block<L, QV>(c.s + lane, c.v + d, (count + L::PER_WORD - 1) / L::PER_WORD, c.Kp, c.shrink + lane, c.more, c.o + d * LANES + lane);
+        value_block<L, QV>(c.s + lane, c.v + d, words, c.Kp, c.shrink + lane, c.more, c.o + d * LANES + lane);
     }
 }
 
@@ -235,13 +239,13 @@ static inline void weigh(const Chunk& c, int64_t count, float unit) {
         for (int64_t j = 0; j < count; j += L::PER_WORD) {
             const V weight = exp2_negative(fma(load(s + j * LANES), units, zero() - pivot));
             sum = sum + weight;
-            V word = round_to<T>(weight);
-            if constexpr (L::PER_WORD == 2) {
+            if constexpr (L::PER_WORD == 1) {
+                store(s + j * LANES, round_to<T>(weight));
+            } else {
                 const V next = j + 1 < count ? exp2_negative(fma(load(s + (j + 1) * LANES), units, zero() - pivot)) : zero();
                 sum = sum + next;
-                word = L::merge(word, round_to<T>(next));
+                store(s + j / 2 * LANES, L::round_pair(weight, next));
             }
-            store(s + j / L::PER_WORD * LANES, word);
         }
         store(c.top + i * W, top);
         store(c.shrink + i * W, shrink);

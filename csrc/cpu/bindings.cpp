@@ -7,6 +7,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include <pybind11/pybind11.h>
@@ -70,12 +71,13 @@ const T* at(Address address) {
     return reinterpret_cast<const T*>(address);
 }
 
+[[noreturn]] void refuse(const char* what, const std::string& expected, int64_t got, int64_t index) {
+    throw std::invalid_argument(what + (" " + expected) + ", got " + std::to_string(got) + " at index " + std::to_string(index));
+}
+
 void check_indices(const int64_t* index, int64_t count, int64_t limit, const char* what) {
     for (int64_t i = 0; i < count; ++i) {
-        if (index[i] < 0 || index[i] >= limit) {
-            throw std::invalid_argument(std::string(what) + " must be in [0, " + std::to_string(limit) + "), got " + std::to_string(index[i]) +
-                                        " at index " + std::to_string(i));
-        }
+        if (index[i] < 0 || index[i] >= limit) refuse(what, "must be in [0, " + std::to_string(limit) + ")", index[i], i);
     }
 }
 
@@ -83,8 +85,7 @@ void check_offsets(const int32_t* offsets, int64_t sequences, int64_t rows, cons
     int32_t before = 0;
     for (int64_t n = 0; n <= sequences; ++n) {
         if (offsets[n] < before || offsets[n] > rows) {
-            throw std::invalid_argument(std::string(what) + " must not decrease and must stay in [0, " + std::to_string(rows) + "], got " +
-                                        std::to_string(offsets[n]) + " at index " + std::to_string(n));
+            refuse(what, "must not decrease and must stay in [0, " + std::to_string(rows) + "]", offsets[n], n);
         }
         before = offsets[n];
     }
@@ -108,17 +109,18 @@ NormParams norm_params(const py::object& norm) {
 }
 
 void embed(int dtype, int threads, Address ids, int64_t T, int64_t D, Address tokens, int64_t token_stride, int64_t V, float scale,
-           Address positions, Address table, int64_t table_stride, int64_t table_rows, Address type_row, const py::object& norm, Address out) {
-    const EmbedParams p{at<int64_t>(ids),  T,          D, at<void>(tokens), token_stride, scale, at<int64_t>(positions), at<void>(table), table_stride,
-                        at<void>(type_row), norm_params(norm), (void*)out, Dtype(dtype), threads};
+           Address positions, Address table, int64_t table_stride, int64_t table_rows, Address type_row, const py::object& norm,
+           Address out) {
+    const EmbedParams p{at<int64_t>(ids), T, D, at<void>(tokens), token_stride, scale, at<int64_t>(positions), at<void>(table),
+                        table_stride, at<void>(type_row), norm_params(norm), (void*)out, Dtype(dtype), threads};
     py::gil_scoped_release release;
     check_indices(p.ids, T, V, "input_ids");
     if (p.position_table) check_indices(p.positions, T, table_rows, "positions");
     chosen.load()->embed(p);
 }
 
-void norm(int dtype, int threads, Address x, int64_t T, int64_t D, int64_t x_stride, Address residual, int64_t residual_stride, const py::object& norm,
-          Address values, Address scale, int quant) {
+void norm(int dtype, int threads, Address x, int64_t T, int64_t D, int64_t x_stride, Address residual, int64_t residual_stride,
+          const py::object& norm, Address values, Address scale, int quant) {
     const NormRowsParams p{at<void>(x), T, D, x_stride, (void*)residual, residual_stride, norm_params(norm),
                            RowsOut{(void*)values, (float*)scale, Quant(quant)}, Dtype(dtype), threads};
     py::gil_scoped_release release;
@@ -128,8 +130,8 @@ void norm(int dtype, int threads, Address x, int64_t T, int64_t D, int64_t x_str
 void rope(int dtype, int threads, Address qkv, int64_t T, int64_t stride, int64_t H, int64_t G, int64_t K, Address cos, int64_t cos_stride,
           Address sin, int64_t sin_stride, int64_t R, int64_t table_rows, Address rows, bool interleaved, const py::object& q_norm,
           const py::object& k_norm) {
-    const RopeParams p{(void*)qkv, T, stride, H, G, K, at<float>(cos), at<float>(sin), cos_stride, sin_stride, R, at<int64_t>(rows), interleaved,
-                       norm_params(q_norm), norm_params(k_norm), Dtype(dtype), threads};
+    const RopeParams p{(void*)qkv, T, stride, H, G, K, at<float>(cos), at<float>(sin), cos_stride, sin_stride, R, at<int64_t>(rows),
+                       interleaved, norm_params(q_norm), norm_params(k_norm), Dtype(dtype), threads};
     py::gil_scoped_release release;
     if (p.cos) check_indices(p.rows, T, table_rows, "rows");
     chosen.load()->rope(p);
@@ -139,12 +141,13 @@ using Rows = std::tuple<Address, int64_t, int64_t>;  // address, token stride, h
 HeadRows head_rows(const Rows& rows) { return HeadRows{at<void>(std::get<0>(rows)), std::get<1>(rows), std::get<2>(rows)}; }
 
 void attention(int dtype, int threads, const Rows& q, const Rows& k, const Rows& v, int64_t Tq, int64_t Tk, int64_t H, int64_t G, int64_t K,
-               int64_t N, Address cu_q, Address cu_k, Address tiles, int64_t num_tiles, bool causal, int64_t left, int64_t right, float scale,
-               float softcap, Address bias, int64_t radius, const Rows& prefix_k, const Rows& prefix_v, int64_t P, int64_t M, Address cu_p,
-               Address prefix_of, Address q_start, Address out) {
-    const AttentionParams p{head_rows(q), head_rows(k), head_rows(v), H, G, K, at<int32_t>(cu_q), at<int32_t>(cu_k), at<int32_t>(tiles), num_tiles,
-                            causal, left, right, scale, softcap, at<float>(bias), radius, head_rows(prefix_k), head_rows(prefix_v),
-                            at<int32_t>(cu_p), at<int32_t>(prefix_of), at<int32_t>(q_start), (void*)out, Dtype(dtype), threads};
+               int64_t N, Address cu_q, Address cu_k, Address tiles, int64_t num_tiles, bool causal, int64_t left, int64_t right,
+               float scale, float softcap, Address bias, int64_t radius, const Rows& prefix_k, const Rows& prefix_v, int64_t P, int64_t M,
+               Address cu_p, Address prefix_of, Address q_start, Address out) {
+    const AttentionParams p{head_rows(q), head_rows(k), head_rows(v), H, G, K, at<int32_t>(cu_q), at<int32_t>(cu_k), at<int32_t>(tiles),
+                            num_tiles, causal, left, right, scale, softcap, at<float>(bias), radius, head_rows(prefix_k),
+                            head_rows(prefix_v), at<int32_t>(cu_p), at<int32_t>(prefix_of), at<int32_t>(q_start), (void*)out,
+                            Dtype(dtype), threads};
     py::gil_scoped_release release;
     check_offsets(p.cu_q, N, Tq, "cu_q");
     check_offsets(p.cu_k, N, Tk, "cu_k");
@@ -152,28 +155,33 @@ void attention(int dtype, int threads, const Rows& q, const Rows& k, const Rows&
     if (p.prefix_k.data) {
         check_offsets(p.cu_p, M, P, "cu_p");
         for (int64_t n = 0; n < N; ++n) {
-            if (p.prefix_of[n] >= M) throw std::invalid_argument("prefix_of must be below " + std::to_string(M) + ", got " + std::to_string(p.prefix_of[n]));
+            if (p.prefix_of[n] >= M) refuse("prefix_of", "must be below " + std::to_string(M), p.prefix_of[n], n);
         }
+    }
+    for (int64_t n = 0; p.q_start && n < N; ++n) {
+        if (p.q_start[n] < 0 || p.q_start[n] > EXACT - Tq) refuse("q_start", "must be a position below 2^24", p.q_start[n], n);
     }
     chosen.load()->attention(p);
 }
 
-void activation(int dtype, int threads, int act, Address x, int64_t T, int64_t F, int64_t x_stride, Address values, Address scale, int quant) {
-    const ActivationParams p{at<void>(x), T, F, x_stride, Act(act), RowsOut{(void*)values, (float*)scale, Quant(quant)}, Dtype(dtype), threads};
+void activation(int dtype, int threads, int act, Address x, int64_t T, int64_t F, int64_t x_stride, Address values, Address scale,
+                int quant) {
+    const ActivationParams p{at<void>(x), T, F, x_stride, Act(act), RowsOut{(void*)values, (float*)scale, Quant(quant)}, Dtype(dtype),
+                             threads};
     py::gil_scoped_release release;
     chosen.load()->activation(p);
 }
 
-void pool(int dtype, int threads, int mode, Address x, int64_t T, int64_t D, int64_t x_stride, Address cu_seqlens, Address spans, int64_t N, int64_t dim,
-          const py::object& norm, bool normalize, Address out) {
-    const PoolParams p{at<void>(x), D, x_stride, at<int32_t>(cu_seqlens), at<int32_t>(spans), N, dim, Pool(mode), norm_params(norm), normalize,
-                       (float*)out, Dtype(dtype), threads};
+void pool(int dtype, int threads, int mode, Address x, int64_t T, int64_t D, int64_t x_stride, Address cu_seqlens, Address spans, int64_t N,
+          int64_t dim, const py::object& norm, bool normalize, Address out) {
+    const PoolParams p{at<void>(x), D, x_stride, at<int32_t>(cu_seqlens), at<int32_t>(spans), N, dim, Pool(mode), norm_params(norm),
+                       normalize, (float*)out, Dtype(dtype), threads};
     py::gil_scoped_release release;
     for (int64_t n = 0; n < N; ++n) {
         const int32_t first = p.spans[2 * n], end = p.spans[2 * n + 1];
         if (first < end && (first < 0 || end > T)) {
-            throw std::invalid_argument("spans must lie in [0, " + std::to_string(T) + "], got (" + std::to_string(first) + ", " + std::to_string(end) +
-                                        ") for text " + std::to_string(n));
+            throw std::invalid_argument("spans must lie in [0, " + std::to_string(T) + "], got (" + std::to_string(first) + ", " +
+                                        std::to_string(end) + ") for text " + std::to_string(n));
         }
     }
     chosen.load()->pool(p);
@@ -201,6 +209,7 @@ PYBIND11_MODULE(_cpu, m) {
     using namespace pyembed;
     m.doc() = "CPU kernels; pyembed.ops.cpu is their interface.";
     m.attr("QUERY_TILE") = QUERY_TILE;
+    m.attr("EXACT") = EXACT;
     m.def("isas", [] {
         py::list names;
         for (const auto& name : isas()) names.append(name);

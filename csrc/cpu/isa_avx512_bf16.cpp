@@ -1,4 +1,5 @@
-// The kernels for AVX-512 F, BW, DQ and VL with BF16: as isa_avx512.cpp, but attention multiplies bfloat16 in pairs. The pragma stays in force to the end of the file: templates are instantiated there.
+// The kernels for AVX-512 with BF16: attention multiplies bfloat16 in pairs, all else is as in isa_avx512.cpp. The pragma stays in force to
+// the end of the file: templates are instantiated there.
 #include "dispatch.h"
 
 #if defined(__x86_64__)

@@ -227,6 +227,8 @@ def attention(
     _check("v", v, q.dtype, keys, groups, width)
     if groups < 1 or heads % groups:
         raise ValueError(f"{heads} query heads are not a multiple of {groups} key/value heads")
+    if queries + keys > _cpu.EXACT // 2:
+        raise ValueError(f"a batch must hold at most {_cpu.EXACT // 2} queries and keys, got {queries} and {keys}")
     if not isinstance(schedule, Tensor):
         raise ValueError(f"schedule must be what schedule(lengths) of this module returned, got {type(schedule).__name__}")
     tiles = _check_whole("schedule", schedule, torch.int32, -1, 2)
@@ -241,6 +243,8 @@ def attention(
         table, radius = _check_whole("bias.table", bias.table, torch.float32, heads, -1), bias.radius
         if bias.table.shape[1] != 2 * radius + 1:
             raise ValueError(f"bias.table must have an odd number of columns, got {bias.table.shape[1]}")
+        if bias.table.numel() > _cpu.EXACT:
+            raise ValueError(f"bias.table must hold at most {_cpu.EXACT} numbers, got {list(bias.table.shape)}")
     shared: tuple[tuple[int, int, int], tuple[int, int, int], int, int, int, int] = ((0, 0, 0), (0, 0, 0), 0, 0, 0, 0)
     if prefix is not None:
         rows = _check("prefix.k", prefix.k, q.dtype, -1, groups, width).shape[0]

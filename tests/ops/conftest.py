@@ -29,8 +29,15 @@ def isas() -> list[str]:
 
 @pytest.fixture(params=isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Forces one variant of the kernels; the test fails if another one ran, or none."""
+    """Forces one variant of the kernels; the test fails if another one ran, or none.
+
+    One thread unless the test asks for more: threads that wait for each other spin, which takes minutes where other processes want the cores.
+    """
+    import torch
+
     from pyembed import _cpu
+
+    torch.set_num_threads(1)
 
     usual = _cpu.isa()
     _cpu.force_isa(request.param)

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """For oracles: tensors this small gain nothing from threads, and lose much where other processes want the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def error(y: Tensor, r: Tensor) -> float:
