@@ -111,7 +111,8 @@ def qk_norm_rope(
     k_norm: Norm | None = None,
 ) -> None:
     """RMSNorm of each query and key head, rounded, then rotation of its first R dimensions (RoFormer, arXiv 2104.09864), in place."""
-    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_key_value_heads, -1)
+    count = num_heads + 2 * num_key_value_heads
+    heads = qkv.view(qkv.shape[0], count, qkv.shape[1] // count)
     for part, norm in ((heads[:, :num_heads], q_norm), (heads[:, num_heads : num_heads + num_key_value_heads], k_norm)):
         if norm is not None:
             part.copy_(_normed(_wide(part), norm, qkv.dtype))

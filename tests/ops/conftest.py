@@ -31,7 +31,7 @@ def isas() -> list[str]:
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Forces one variant of the kernels; the test fails if another one ran, or none.
 
-    One thread unless the test asks for more: threads that wait for each other spin, which takes minutes where other processes want the cores.
+    One thread unless the test asks for more: threads that wait for each other spin, which takes minutes on a busy machine.
     """
     import torch
 
