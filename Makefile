@@ -37,7 +37,7 @@ bench: $(VENV)/.tests $(VENV)/.model build/docstrings.jsonl
 clean:
 	rm -rf build dist *.egg-info pyembed/*.so $(VENV)/.package $(VENV)/.tests .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
-# torch alone and first: by itself this version is the CPU build, and what is installed later finds it there.
+# torch alone and first, at the pinned version: whatever asks for torch later finds it there and installs no other build.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install torch==2.13.0
