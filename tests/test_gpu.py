@@ -1,0 +1,34 @@
+"""On a CUDA device: the same vectors as on the CPU. Collected everywhere, run where there is one."""
+
+import numpy as np
+import pytest
+import torch
+
+from pyembed import Encoder
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+TEXTS = ["What is Deep Learning?", "a", "", "The quick brown fox jumps over the lazy dog. " * 12]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3", "gemma2", "embeddinggemma", "bert", "xlm-roberta"])
+def test_tiny_models_on_cuda(checkpoint, name):
+    import checkpoints
+
+    texts = checkpoints.sentences((1, 2, 17, 40, 75))
+    ours, right = (Encoder(checkpoint(name), device=device, dtype="float32").encode(texts) for device in ("cuda", "cpu"))
+    assert (np.linalg.norm(ours - right, axis=1) / np.linalg.norm(right, axis=1)).max() <= 1e-4  # TF32 is off by default
+
+
+def test_minilm_on_cuda(minilm):
+    right = Encoder(minilm, device="cpu", dtype="float32").encode(TEXTS)
+    for dtype, cosine in (("float32", 0.99999), ("bfloat16", 0.9995), ("float16", 0.9995)):
+        encoder = Encoder(minilm, device="cuda", dtype=dtype)
+        assert encoder.device.type == "cuda"
+        assert (encoder.encode(TEXTS) * right).sum(1).min() >= cosine
+        assert encoder.encode(TEXTS, convert_to_tensor=True).is_cuda
+
+
+def test_encode_moves_the_model(minilm):
+    encoder = Encoder(minilm, device="cpu")
+    encoder.encode("a", device="cuda")
+    assert encoder.device.type == "cuda"
