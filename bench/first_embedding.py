@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import platform
 import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 CASES = {
     "import torch": "import torch",
@@ -37,7 +41,10 @@ def main() -> None:
     for name, seconds in times.items():
         print(f"{statistics.median(seconds):7.2f} s  {name}")
     if options.output:
-        options.output.write_text(json.dumps({"command": "python bench/first_embedding.py MODEL", "seconds": times}, indent=1) + "\n")
+        record: dict[str, Any] = {"command": "python bench/first_embedding.py MODEL", "date": datetime.date.today().isoformat()}
+        record |= {"versions": {name: version(name) for name in ("torch", "sentence-transformers", "transformers")}}
+        record |= {"machine": platform.processor() or platform.machine(), "python": platform.python_version(), "seconds": times}
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Layer:
     rope: int | None  # index into Weights.rotary
 
 
-def norm(x: Tensor, weights: Norm, ops: Ops, residual: Tensor | None = None) -> Tensor:
+def norm(x: Tensor, weights: Norm, ops: Ops, *, residual: Tensor | None = None) -> Tensor:
     """The norm of x, or of residual + x, which then also stands in `residual`."""
     op = ops.layer_norm if weights.layer else ops.rms_norm
     return cast("Tensor", op(x, weights, residual=residual))
@@ -43,8 +43,8 @@ def attend(x: Tensor, layer: Layer, config: ModelConfig, tables: Tables, batch: 
     """Attention with its projections: [T, D] -> [T, D]."""
     heads, groups, width = config.num_heads, config.num_key_value_heads, config.head_dim
     qkv = layer.qkv.apply(x)  # [T, (H + 2 G) * K]
-    if layer.rope is not None:
-        cos, sin, rows = tables[layer.rope]
+    if layer.rope is not None or layer.q_norm is not None:
+        cos, sin, rows = (None, None, None) if layer.rope is None else tables[layer.rope]
         ops.qk_norm_rope(qkv, heads, groups, cos=cos, sin=sin, rows=rows, q_norm=layer.q_norm, k_norm=layer.k_norm)
     q, k, v = qkv.view(-1, heads + 2 * groups, width).split((heads, groups, groups), dim=1)
     mixed = ops.attention(
@@ -79,9 +79,9 @@ def mlp(x: Tensor, layer: Layer, config: ModelConfig, ops: Ops) -> Tensor:
 
 def pre_norm(x: Tensor, delta: Tensor | None, layer: Layer, config: ModelConfig, tables: Tables, batch: PackedBatch, ops: Ops) -> Stream:
     """x += Attn(norm(x)); x += MLP(norm(x)). Llama, Mistral, Qwen."""
-    h = norm(x, layer.attention_norm, ops) if delta is None else norm(delta, layer.attention_norm, ops, x)
+    h = norm(x, layer.attention_norm, ops) if delta is None else norm(delta, layer.attention_norm, ops, residual=x)
     h = attend(h, layer, config, tables, batch, ops)
-    h = norm(h, layer.mlp_norm, ops, x)
+    h = norm(h, layer.mlp_norm, ops, residual=x)
     return x, mlp(h, layer, config, ops)
 
 
@@ -89,16 +89,16 @@ def sandwich(x: Tensor, delta: Tensor | None, layer: Layer, config: ModelConfig,
     """x += norm(Attn(norm(x))); x += norm(MLP(norm(x))). Gemma 2 and 3."""
     assert layer.post_attention_norm is not None
     assert layer.post_mlp_norm is not None
-    h = norm(x, layer.attention_norm, ops) if delta is None else norm(delta, layer.attention_norm, ops, x)
+    h = norm(x, layer.attention_norm, ops) if delta is None else norm(delta, layer.attention_norm, ops, residual=x)
     h = norm(attend(h, layer, config, tables, batch, ops), layer.post_attention_norm, ops)
-    h = norm(h, layer.mlp_norm, ops, x)
+    h = norm(h, layer.mlp_norm, ops, residual=x)
     return x, norm(mlp(h, layer, config, ops), layer.post_mlp_norm, ops)
 
 
 def post_norm(x: Tensor, delta: Tensor | None, layer: Layer, config: ModelConfig, tables: Tables, batch: PackedBatch, ops: Ops) -> Stream:
     """x = norm(x + Attn(x)); x = norm(x + MLP(x)). BERT."""
-    x = norm(attend(x, layer, config, tables, batch, ops), layer.attention_norm, ops, x)
-    return norm(mlp(x, layer, config, ops), layer.mlp_norm, ops, x), None
+    x = norm(attend(x, layer, config, tables, batch, ops), layer.attention_norm, ops, residual=x)
+    return norm(mlp(x, layer, config, ops), layer.mlp_norm, ops, residual=x), None
 
 
 Block = Callable[[Tensor, Tensor | None, Layer, ModelConfig, Tables, PackedBatch, Ops], Stream]

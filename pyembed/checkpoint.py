@@ -31,7 +31,7 @@ def read_checkpoint(
     directory: Path,
     *,
     recipe: Recipe | None = None,
-    pooling: Pooling | None = None,
+    pooling: tuple[PoolMode, ...] | None = None,
     causal: bool | None = None,
     normalize: bool | None = None,
 ) -> tuple[ModelSpec, Family]:
@@ -57,6 +57,8 @@ def read_checkpoint(
     decided = causal if causal is not None else recipe.causal if recipe is not None else None
     named = f"recipe {recipe.name}" if recipe is not None else ""
     sources["mask"] = "argument" if causal is not None else named if decided is not None else fields.path.name
+    if decided and not family.decoder:
+        raise ValueError(f"{directory}: {fields.get('model_type', str)} models are bidirectional; causal=True is not for them.")
     if decided is not None:
         fields.values["is_causal"] = decided
         if decided:  # a flag that agrees stays: a Gemma 3 with it halves its window
@@ -66,27 +68,29 @@ def read_checkpoint(
         model = replace(model, windows=(None,) * model.num_layers)
 
     from_files = read_pooling(directory, modules, model.hidden_size)
-    if pooling is not None:
-        sources["pooling"] = "argument"
-    elif recipe is not None and recipe.pooling is not None:
-        pooling, sources["pooling"] = recipe.pooling, f"recipe {recipe.name}"
+    of_recipe = recipe.pooling if recipe is not None else None
+    chosen: Pooling
+    if pooling is not None:  # says nothing of the prompt
+        chosen, sources["pooling"] = Pooling(pooling, (of_recipe or from_files or Pooling(pooling)).include_prompt), "argument"
+    elif of_recipe is not None:
+        chosen, sources["pooling"] = of_recipe, named
     elif from_files is not None:
-        pooling, sources["pooling"] = from_files, "modules.json"
+        chosen, sources["pooling"] = from_files, "modules.json"
     elif not family.decoder:
-        pooling, sources["pooling"] = Pooling(("mean",)), "no modules.json: mean, as sentence-transformers takes it"
+        chosen, sources["pooling"] = Pooling(("mean",)), "no modules.json: mean, as sentence-transformers takes it"
     else:
         raise ValueError(
             f"{directory} has no modules.json, so nothing says how its hidden states become a vector. Give recipe= (one of "
             f"{', '.join(recipes(family))}), or pooling= (such as 'lasttoken' or 'mean') and, if it is not causal, causal=False."
         )
-    dense = read_dense(directory, modules, model.hidden_size * len(pooling.modes))
+    dense = read_dense(directory, modules, model.hidden_size * len(chosen.modes))
     if normalize is not None:
         sources["normalize"] = "argument"
     elif recipe is not None and recipe.normalize is not None:
         normalize, sources["normalize"] = recipe.normalize, f"recipe {recipe.name}"
     else:
         normalize, sources["normalize"] = any(kind == "Normalize" for kind, _ in modules), "modules.json" if modules else "no modules.json"
-    return complete(directory, at, model, pooling, dense, normalize, recipe, sources), family
+    return complete(directory, at, model, chosen, dense, normalize, recipe, sources), family
 
 
 def complete(

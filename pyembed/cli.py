@@ -110,7 +110,7 @@ def encode(args: argparse.Namespace) -> None:
 
 
 def search(args: argparse.Namespace) -> None:
-    from pyembed.search import Entry, check_index, nearest, show
+    from pyembed.search import Entry, check_index, digest_of, fingerprint, nearest, show
 
     if not args.query and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ValueError("No query was given; queries follow the corpus on the command line.")
@@ -139,6 +139,7 @@ def search(args: argparse.Namespace) -> None:
             for row in vectors:
                 out.append(row)
             out.finish()
+            digest_of(args.index).write_text(fingerprint(entries))
     for query in args.query or asked():
         print(show(query, nearest(encoder, query, vectors, args.k), entries), flush=True)
 
@@ -359,6 +360,7 @@ def input_options(command: argparse.ArgumentParser) -> None:
         "By default what the suffix says (.txt or none, .jsonl, .ndjson); text on a pipe",
     )
     group.add_argument("--field", default="text", help="the field of a JSONL object that holds the text (%(default)s)")
+    group.add_argument("--tokens-per-batch", type=positive, help="token budget of a batch; by default the device's")
     group.add_argument("--batch-size", type=positive, help="at most so many texts in a batch; by default the token budget decides")
     group.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary")
 
@@ -372,7 +374,6 @@ def model_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--causal", action=argparse.BooleanOptionalAction, help="whether a token sees only those before it")
     group.add_argument("--truncate-dim", type=positive, help="keep the first so many dimensions")
     group.add_argument("--max-seq-length", type=positive, help="tokens a text is cut to; by default the model's")
-    group.add_argument("--tokens-per-batch", type=positive, help="token budget of a batch; by default the device's")
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
     group.add_argument("--offline", action="store_true", help="use only what is on this machine")
 

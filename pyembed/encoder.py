@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,9 +17,20 @@ from torch import Tensor
 
 from pyembed import engine, ops, prompts, quantize, weights
 from pyembed.checkpoint import SIMILARITIES, read_checkpoint
-from pyembed.config import ModelSpec
+from pyembed.config import Family, ModelSpec
 from pyembed.hub import resolve
-from pyembed.options import as_texts, check_dtype, check_pooling, check_positive, choose_device, default_length, find_recipe, native_dtype
+from pyembed.options import (
+    as_texts,
+    check_dtype,
+    check_kind,
+    check_pooling,
+    check_positive,
+    check_prompts,
+    choose_device,
+    default_length,
+    find_recipe,
+    native_dtype,
+)
 from pyembed.probes import check_ids, check_mask
 from pyembed.quantize import Array, Precision
 from pyembed.tokenizer import Tokenizer
@@ -70,15 +82,25 @@ class Encoder:
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self.model = os.fspath(model)
-        self._pid = os.getpid()
         chosen_device, chosen_dtype = choose_device(device), check_dtype(dtype)
-        chosen_recipe = find_recipe(recipe, self.model)
+        chosen_recipe, chosen_pooling = find_recipe(recipe, self.model), check_pooling(pooling)
+        for name, flag in (("include_prompt", include_prompt), ("causal", causal), ("normalize", normalize)):
+            check_kind(name, flag, bool)
+        check_prompts(prompts)
+        if similarity_fn_name not in (None, *SIMILARITIES):
+            raise ValueError(f"similarity_fn_name is {similarity_fn_name!r}; expected one of {', '.join(SIMILARITIES)}.")
+        for name, number in (("truncate_dim", truncate_dim), ("tokens_per_batch", tokens_per_batch), ("max_seq_length", max_seq_length)):
+            check_positive(name, number)
+        if backend not in (None, "reference"):
+            raise ValueError(f"backend is {backend!r}; expected None (the device's kernels) or 'reference'.")
+
+        def read(directory: Path) -> tuple[ModelSpec, Family]:
+            return read_checkpoint(directory, recipe=chosen_recipe, pooling=chosen_pooling, causal=causal, normalize=normalize)
+
         self.directory = resolve(
-            model, revision=revision, token=token, cache_folder=cache_folder, local_files_only=local_files_only
+            model, revision=revision, token=token, cache_folder=cache_folder, local_files_only=local_files_only, check=read
         )
-        spec, self._family = read_checkpoint(
-            self.directory, recipe=chosen_recipe, pooling=check_pooling(pooling, include_prompt), causal=causal, normalize=normalize
-        )
+        spec, self._family = read(self.directory)
         if include_prompt is not None:
             spec = replace(spec, pooling=replace(spec.pooling, include_prompt=include_prompt))
         self.prompts = spec.prompts | (prompts or {})
@@ -86,13 +108,7 @@ class Encoder:
         if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:
             raise ValueError(f"default_prompt_name is {self.default_prompt_name!r}; the prompts are {', '.join(sorted(self.prompts))}.")
         self.similarity_fn_name = similarity_fn_name or spec.similarity
-        if self.similarity_fn_name not in SIMILARITIES:
-            raise ValueError(f"similarity_fn_name is {similarity_fn_name!r}; expected one of {', '.join(SIMILARITIES)}.")
         self.truncate_dim = truncate_dim if truncate_dim is not None else spec.truncate_dim
-        check_positive("truncate_dim", self.truncate_dim)
-        check_positive("tokens_per_batch", tokens_per_batch)
-        if backend not in (None, "reference"):
-            raise ValueError(f"backend is {backend!r}; expected None (the device's kernels) or 'reference'.")
         self._spec = spec
         rule = spec.recipe
         self.tokenizer: Tokenizer = load_tokenizer(
@@ -111,8 +127,11 @@ class Encoder:
         dtype = dtype or native_dtype(device)
         if dtype == torch.float16 and not self._family.float16:
             raise ValueError(f"{self._family.name} models overflow in float16; use dtype='bfloat16' or 'float32'.")
-        module = ops.select(device, reference=self._arguments["backend"] == "reference")
-        if device.type == "cpu" and self._arguments["backend"] is None and module.__name__.endswith("reference"):
+        slow = device.type == "cpu" and dtype == torch.float16  # no kernels: no CPU we know computes faster in it
+        module = ops.select(device, reference=slow or self._arguments["backend"] == "reference")
+        if slow:
+            logger.warning("float16 on a CPU is computed by plain PyTorch, many times slower than bfloat16 or float32.")
+        elif device.type == "cpu" and self._arguments["backend"] is None and module.__name__.endswith("reference"):
             warnings.warn(
                 "pyembed's C++ kernels were not built, so plain PyTorch serves; reinstall pyembed where a C++ compiler is.",
                 RuntimeWarning,
@@ -161,6 +180,7 @@ class Encoder:
 
     @max_seq_length.setter
     def max_seq_length(self, value: int | None) -> None:
+        check_positive("max_seq_length", value)
         least, table = len(self.tokenizer.prefix) + len(self.tokenizer.suffix) + 1, self._spec.model.position_offset is not None
         most = self._spec.model.max_positions
         if (value is None and table) or (value is not None and (value < least or (table and value > most))):
@@ -186,8 +206,11 @@ class Encoder:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its arguments: the other side loads the model again."""
-        return rebuild, (self._arguments, self.max_seq_length)
+        """Pickled as its arguments and what was set since, without the token: the other side loads the local directory again."""
+        names = ("prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim", "max_seq_length")
+        now = {name: getattr(self, name) for name in names}
+        now |= {"model": str(self.directory), "recipe": self._spec.recipe.name if self._spec.recipe else None, "device": str(self.device)}
+        return rebuild, (self._arguments | now | {"revision": None, "token": None},)
 
     # Encoding
 
@@ -239,12 +262,13 @@ class Encoder:
         with self._progress(show_progress_bar, texts) as bar:
             results = self._reported(engine.run(self._loaded, job, texts, bar.update if bar else None))
             if output_value is not None and not job.tokens:
-                vectors = collect(results, len(texts) if isinstance(texts, Sequence) else None, self.device, on_device=convert_to_tensor)
+                count = len(texts) if isinstance(texts, Sequence) else None
+                vectors = engine.collect(results, count, self.device, on_device=convert_to_tensor)
                 return self._shaped(vectors, single, precision, ranges, convert_to_numpy, convert_to_tensor)
             items: list[Any] = []
             for window in results:
                 for ids, state, vector in zip(window.ids, window.states, window.vectors, strict=True):
-                    items.append(state if output_value else features(ids, state, vector))
+                    items.append(state if output_value else engine.features(ids, state, vector))
         return items[0] if single else items
 
     def encode_query(self, inputs: str | Iterable[str], **arguments: Any) -> Any:
@@ -301,13 +325,11 @@ class Encoder:
     def _job(
         self, prompt: str | None, prompt_name: str | None, batch_size: int | None, normalize: bool, dim: int | None, *, tokens: bool
     ) -> engine.Job:
-        if os.getpid() != self._pid:
-            raise RuntimeError(
-                "This Encoder was made before the process forked, and its threads did not come along. Make the Encoder in the "
-                "child, or start it with the 'spawn' method."
-            )
+        engine.check_process(self._loaded)
+        dim = self.truncate_dim if dim is None else dim
         check_positive("batch_size", batch_size)
         check_positive("truncate_dim", dim)
+        check_kind("prompt", prompt, str)
         text = prompts.resolve(self.prompts, self.default_prompt_name, prompt, prompt_name)
         return engine.Job(
             prompt=text,
@@ -315,7 +337,7 @@ class Encoder:
             max_length=self.max_seq_length,
             budget=self._arguments["tokens_per_batch"] or engine.TOKENS_PER_BATCH[self.device.type],
             max_texts=batch_size,
-            dim=dim if dim is not None else self.truncate_dim,
+            dim=dim,
             normalize=normalize,
             tokens=tokens,
         )
@@ -361,30 +383,7 @@ class Encoder:
         return shaped[0] if single else shaped
 
 
-def collect(results: Iterable[engine.Window], count: int | None, device: torch.device, *, on_device: bool) -> Tensor:
-    """All vectors [N, dim]; written into one array as they come where their number is known."""
-    target = device if on_device else torch.device("cpu")
-    out, parts, filled = None, [], 0
-    for window in results:
-        if count is None:
-            parts.append(window.vectors.to(target))
-            continue
-        if out is None:
-            out = torch.empty((count, window.vectors.shape[1]), device=target)
-        out[filled : filled + len(window.vectors)] = window.vectors
-        filled += len(window.vectors)
-    if count is None:
-        return torch.cat(parts) if parts else torch.empty(0, device=target)
-    return torch.empty(0, device=target) if out is None else out
-
-
-def features(ids: Array, states: Tensor, vector: Tensor) -> dict[str, Tensor]:
-    """What `output_value=None` gives for one text, under sentence-transformers' names."""
-    tokens = torch.from_numpy(ids).long()
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "token_embeddings": states, "sentence_embedding": vector}
-
-
-def rebuild(arguments: dict[str, Any], max_seq_length: int | None) -> Encoder:
+def rebuild(arguments: dict[str, Any]) -> Encoder:
     encoder = Encoder(**arguments)
-    encoder._max_seq_length = max_seq_length
+    encoder._max_seq_length = arguments["max_seq_length"]  # None is no limit here, not the model's own
     return encoder

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +21,8 @@ from pyembed.model import Weights, forward
 from pyembed.ops import Ops
 from pyembed.tokenizer import Tokenizer
 
-WINDOW_TEXTS = 4096  # texts in flight; bounds the memory of an endless iterator
-WINDOW_CHARACTERS = 16 << 20
+WINDOW_TEXTS = 1024  # texts in flight: what an interrupt loses, and what a stream reads before its first vector
+WINDOW_CHARACTERS = 1 << 18
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}  # CPU: `python bench/budget.py`, two Zen4 cores; CUDA: not measured
 
 
@@ -45,6 +47,7 @@ class Loaded:
     device: torch.device
     dtype: torch.dtype
     lock: threading.Lock = field(default_factory=threading.Lock)  # around stations 4 to 7
+    pid: int = field(default_factory=os.getpid)
     stats: Stats = field(default_factory=Stats)
 
 
@@ -87,6 +90,22 @@ def windows(texts: Iterable[str]) -> Iterator[list[str]]:
         yield window
 
 
+@contextmanager
+def device_of(model: Loaded) -> Iterator[None]:
+    """The model's device for one thread at a time, in the dtype it was loaded in whatever autocast says around us."""
+    with model.lock, torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+        yield
+
+
+def check_process(model: Loaded) -> None:
+    """RuntimeError in a forked child, where OpenMP's and the tokenizer's threads are missing and a call would hang."""
+    if os.getpid() != model.pid:
+        raise RuntimeError(
+            "This Encoder was made before the process forked, and its threads did not come along. Make the Encoder in the "
+            "child, or start it with the 'spawn' method."
+        )
+
+
 def run(model: Loaded, job: Job, texts: Iterable[str], advance: Callable[[int], Any] | None = None) -> Iterator[Window]:
     """Results window by window, memory independent of how many texts there are. `advance` is told of each finished batch's texts."""
     done = 0
@@ -97,6 +116,7 @@ def run(model: Loaded, job: Job, texts: Iterable[str], advance: Callable[[int], 
 
 def run_window(model: Loaded, job: Job, texts: list[str], first: int, advance: Callable[[int], Any] | None) -> Window:
     """Stations 2 to 8 for the texts of one window; `first` is the index of its first text, for errors."""
+    check_process(model)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"Input {first + index} is a {type(text).__name__}; expected str.")
@@ -109,7 +129,7 @@ def run_window(model: Loaded, job: Job, texts: list[str], first: int, advance: C
                 f"Input {first + index} has the token id {ids.max()}, but the model's embedding table has "
                 f"{model.spec.model.vocab_size} rows: tokenizer and weights are not of the same model."
             )
-    token_states = [torch.empty(0)] * len(texts) if job.tokens else []
+    token_states = [torch.empty(0, device="cpu")] * len(texts) if job.tokens else []
     vectors: Tensor | None = None
 
     def place(indices: list[int]) -> None:
@@ -119,7 +139,7 @@ def run_window(model: Loaded, job: Job, texts: list[str], first: int, advance: C
             bad = indices[int((~torch.isfinite(rows).all(1)).nonzero()[0])]
             raise ValueError(f"Input {first + bad} gives a vector with NaN or infinite values in {model.dtype}; try dtype='float32'.")
         if vectors is None:
-            vectors = torch.empty((len(texts), rows.shape[1]))
+            vectors = torch.empty((len(texts), rows.shape[1]), dtype=torch.float32, device="cpu")
         vectors[indices] = rows
         for i, state in zip(indices, states, strict=False):
             token_states[i] = state
@@ -140,7 +160,7 @@ def run_window(model: Loaded, job: Job, texts: list[str], first: int, advance: C
 
 def run_batch(model: Loaded, job: Job, ids: list[np.ndarray]) -> tuple[Tensor, list[Tensor]]:
     """Stations 4 to 7 for one batch: vectors [n, dim] float32 on the CPU, and the token states if the job asks for them."""
-    with model.lock, torch.inference_mode():
+    with device_of(model):
         batch: PackedBatch = pack(ids, [job.skip] * len(ids), model.ops, model.device)
         hidden = forward(model.weights, batch, model.ops)
         vectors = heads.pool(hidden, model.spec, model.weights, batch, model.ops)
@@ -173,3 +193,26 @@ def halving(work: Callable[[list[int]], None], indices: list[int], device: torch
 def out_of_memory(error: BaseException) -> bool:
     """CUDA has an exception of its own; the CPU allocator raises a RuntimeError with this text."""
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def collect(results: Iterable[Window], count: int | None, device: torch.device, *, on_device: bool) -> Tensor:
+    """All vectors [N, dim]; written into one array as they come where their number is known."""
+    target = device if on_device else torch.device("cpu")
+    out, parts, filled = None, [], 0
+    for window in results:
+        if count is None:
+            parts.append(window.vectors.to(target))
+            continue
+        if out is None:
+            out = torch.empty((count, window.vectors.shape[1]), dtype=torch.float32, device=target)
+        out[filled : filled + len(window.vectors)] = window.vectors
+        filled += len(window.vectors)
+    if count is None:
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float32, device=target)
+    return torch.empty(0, dtype=torch.float32, device=target) if out is None else out
+
+
+def features(ids: np.ndarray, states: Tensor, vector: Tensor) -> dict[str, Tensor]:
+    """What `output_value=None` gives for one text, under sentence-transformers' names."""
+    tokens = torch.from_numpy(ids).long()
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "token_embeddings": states, "sentence_embedding": vector}

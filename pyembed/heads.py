@@ -19,7 +19,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "gelu": F.gelu,
     "relu": torch.relu,
-    "silu": F.silu,
+    # torch's silu rounds an element by its place in a vector or its tail; this does not (its tanh does not)
+    "silu": lambda x: (x.double() * 0.5 * (1 + torch.tanh(x.double() * 0.5))).float(),
 }
 
 

@@ -11,7 +11,7 @@ import glob
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -43,8 +43,11 @@ def resolve(
     token: bool | str | None = None,
     cache_folder: str | None = None,
     local_files_only: bool = False,
+    check: Callable[[Path], object] = lambda directory: None,
 ) -> Path:
     """The local directory of a model: `model` itself if it is a directory, else the cached files of that hub repository.
+
+    `check` is given the directory when only the small files are there, and raises what makes the weights not worth fetching.
 
     `cache_folder` defaults to SENTENCE_TRANSFORMERS_HOME, then to huggingface_hub's own cache. Raises ValueError for what was
     asked or published wrongly, OSError for what could not be had; the cause is kept.
@@ -56,7 +59,7 @@ def resolve(
             raise ValueError(f"revision={revision!r} chooses a commit of a hub repository, but {name} is a directory; leave revision out.")
         return directory
     cache_folder = cache_folder or os.environ.get("SENTENCE_TRANSFORMERS_HOME") or None
-    return download(Source(hub_id(name), revision, token, cache_folder, local_files_only))
+    return download(Source(hub_id(name), revision, token, cache_folder, local_files_only), check)
 
 
 def hub_id(name: str) -> str:
@@ -67,7 +70,7 @@ def hub_id(name: str) -> str:
     return name if "/" in name else f"sentence-transformers/{name}"
 
 
-def download(source: Source) -> Path:
+def download(source: Source, check: Callable[[Path], object]) -> Path:
     """The folder of the cache that holds every file that pyembed reads, all of one commit."""
     root = fetch(source, SMALL_FILES)
     source = replace(source, revision=root.name)  # the commit: what is pushed meanwhile does not matter
@@ -77,12 +80,15 @@ def download(source: Source) -> Path:
     at = next((folder for kind, folder in modules if kind == "Transformer"), "")
     dense = [join(folder, WEIGHTS) for kind, folder in modules if kind == "Dense"]
     if modules:
-        fetch(source, [join(folder, "config.json") for _, folder in modules] + [join(at, name) for name in SMALL_FILES] + dense)
-        require(source, root, dense)
+        fetch(source, [join(folder, "config.json") for _, folder in modules] + [join(at, name) for name in SMALL_FILES])
 
     adapter = (root / at / "adapter_config.json").is_file()
     if not adapter and not (root / at / "config.json").is_file():
         raise OSError(f"{source.repo_id} (commit {root.name}) has no {join(at, 'config.json')}; expected a Hugging Face model.")
+    check(root)
+    if dense:
+        fetch(source, dense)
+        require(source, root, dense)
     index = root / at / INDEX
     weights = [join(at, name) for name in (shards(index) if index.is_file() else [WEIGHTS])]
     fetch(source, [*weights, join(at, ADAPTER)] if adapter else weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from pyembed import ops, weights
@@ -33,8 +34,12 @@ def supported() -> str:
 def describe(args: argparse.Namespace) -> str:
     """The model of the command line, as a table."""
     recipe = find_recipe(args.recipe, args.model)
+    pooling = check_pooling(args.pooling)
     directory = resolve(args.model, revision=args.revision, local_files_only=args.offline)
-    spec, family = read_checkpoint(directory, recipe=recipe, pooling=check_pooling(args.pooling, None), causal=args.causal)
+    spec, family = read_checkpoint(directory, recipe=recipe, pooling=pooling, causal=args.causal)
+    spec = replace(spec, truncate_dim=args.truncate_dim or spec.truncate_dim)
+    if spec.model.position_offset is not None and (args.max_seq_length or 0) > spec.model.max_positions:
+        raise ValueError(f"--max-seq-length is {args.max_seq_length}; this model has positions for {spec.model.max_positions} tokens.")
     rule = spec.recipe
     tokenizer = load(
         directory / spec.transformer_path,

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from pyembed.config import ModelSpec, Pooling, Recipe
+from pyembed.config import ModelSpec, Recipe
 from pyembed.families import recipe_of_id, recipes
 from pyembed.ops import POOL_MODES, PoolMode
 from pyembed.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ValueError(f"device is {device!r}, but torch sees {count} CUDA devices; use 'cpu' or install a CUDA build of torch.")
-    return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
+    return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else torch.device("cpu")
 
 
 def check_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -54,22 +54,33 @@ def find_recipe(name: str | None, model: str) -> Recipe | None:
     """The recipe asked for, or the one of a known hub id."""
     if name is None:
         return None if Path(model).is_dir() else recipe_of_id(model)
-    if name not in recipes():
+    if not isinstance(name, str) or name not in recipes():
         raise ValueError(f"recipe is {name!r}; expected one of {', '.join(recipes())}.")
     return recipes()[name]
 
 
-def check_pooling(pooling: str | Sequence[str] | None, include_prompt: bool | None) -> Pooling | None:
+def check_pooling(pooling: str | Sequence[str] | None) -> tuple[PoolMode, ...] | None:
     if pooling is None:
         return None
-    modes = (pooling,) if isinstance(pooling, str) else tuple(pooling)
+    modes = tuple(pooling) if isinstance(pooling, list | tuple) else (pooling,)
     if not modes or any(mode not in POOL_MODES for mode in modes):
         raise ValueError(f"pooling is {pooling!r}; expected one or several of {', '.join(POOL_MODES)}.")
-    return Pooling(tuple(cast(PoolMode, mode) for mode in modes), include_prompt is not False)
+    return tuple(cast(PoolMode, mode) for mode in modes)
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}; expected a {kind.__name__} or None.")
+
+
+def check_prompts(prompts: object) -> None:
+    if prompts is not None and not (isinstance(prompts, dict) and all(isinstance(x, str) for pair in prompts.items() for x in pair)):
+        raise TypeError(f"prompts is {prompts!r}; expected a dict of a text for each name.")
 
 
 def check_positive(name: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+    """numpy's integers are integers here."""
+    if value is not None and (not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1):
         raise ValueError(f"{name} is {value!r}; expected a positive integer.")
 
 
@@ -87,7 +98,7 @@ def as_texts(inputs: Any) -> tuple[bool, Iterable[str]]:
         inputs = inputs.tolist()  # a str where it has no dimension
     if isinstance(inputs, str):
         return True, [inputs]
-    if isinstance(inputs, bytes | dict | set) or not hasattr(inputs, "__iter__"):
+    if isinstance(inputs, bytes | dict | set | frozenset | type) or not hasattr(inputs, "__iter__"):
         raise TypeError(f"inputs is a {type(inputs).__name__}; expected a str or an iterable of str.")
     if hasattr(inputs, "__len__"):
         return False, inputs if isinstance(inputs, list | tuple) else list(inputs)

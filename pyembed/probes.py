@@ -7,7 +7,7 @@ import torch
 
 from pyembed.batch import pack
 from pyembed.config import ModelSpec
-from pyembed.engine import Loaded
+from pyembed.engine import Loaded, device_of
 from pyembed.model import forward
 from pyembed.tokenizer import Tokenizer
 
@@ -32,15 +32,17 @@ def check_ids(tokenizer: Tokenizer, spec: ModelSpec) -> None:
 
 
 def check_mask(model: Loaded) -> None:
-    """ValueError unless changing a text's last token moves its first token's state exactly when the mask is bidirectional."""
+    """ValueError unless other second tokens move a first token's state exactly when the mask is bidirectional."""
     config = model.spec.model
-    if config.vocab_size < 3:
+    texts = [np.array(ids, dtype=np.int32) for ids in ((0, last) for last in range(1, min(config.vocab_size, 9)))]
+    if len(texts) < 2:
         return
-    a, b, c = (np.array(ids, dtype=np.int32) for ids in ((0, 1), (0, 2), (0, 1)))
-    with model.lock, torch.inference_mode():
-        batch = pack([a, b, c], [0, 0, 0], model.ops, model.device)
-        hidden = forward(model.weights, batch, model.ops)
-        moved, same = not torch.equal(hidden[0], hidden[2]), torch.equal(hidden[0], hidden[4])
-    if moved == config.causal or not same:
+    with device_of(model):
+        batch = pack(texts, [0] * len(texts), model.ops, model.device)
+        first = forward(model.weights, batch, model.ops)[: 2 * len(texts) : 2]
+    if not bool(torch.isfinite(first).all()):
+        raise ValueError(f"The weights give NaN or infinite hidden states for the ids 0 and 1 in {model.dtype}; try dtype='float32'.")
+    moved = any(not torch.equal(first[0], other) for other in first[1:])
+    if moved == config.causal:
         claimed, found = "causal" if config.causal else "bidirectional", "saw" if moved else "did not see"
         raise ValueError(f"The mask probe failed: the model is said to be {claimed}, but its first token {found} the next.")

@@ -56,6 +56,8 @@ def as_float(vectors: Any) -> Tensor:
 def similarity(name: str, embeddings1: Any, embeddings2: Any, *, pairwise: bool = False) -> Tensor:
     """Scores [N, M], or [N] pairwise: cosine, dot, or the negative euclidean or manhattan distance."""
     a, b = as_float(embeddings1), as_float(embeddings2)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"The vectors have {a.shape[1]} and {b.shape[1]} dimensions; expected the same number.")
     if name in ("cosine", "dot"):
         if name == "cosine":
             a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)

@@ -16,7 +16,7 @@ def inverse_frequencies(rope: Rope, length: int = 0) -> Tensor:
 
     default: RoFormer (arXiv 2104.09864); dynamic: NTK-aware by length; llama3: Llama 3.1's wavelength bands; yarn: arXiv 2309.00071.
     """
-    exponents = torch.arange(0, rope.dim, 2).float() / rope.dim
+    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32, device="cpu") / rope.dim
     theta = rope.theta
     if rope.kind == "dynamic" and length > rope.original_max_position:
         stretch = rope.factor * length / rope.original_max_position - (rope.factor - 1)
@@ -34,7 +34,7 @@ def inverse_frequencies(rope: Rope, length: int = 0) -> Tensor:
         if rope.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, rope.dim - 1)
-        ramp = ((torch.arange(rope.dim // 2).float() - low) / (high - low or 0.001)).clamp(0, 1)
+        ramp = ((torch.arange(rope.dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low or 0.001)).clamp(0, 1)
         return frequencies / rope.factor * ramp + frequencies * (1 - ramp)
     return frequencies
 
@@ -46,7 +46,7 @@ def _yarn_dimension(rope: Rope, turns: float) -> float:
 
 def table(rope: Rope, positions: int, length: int = 0) -> tuple[Tensor, Tensor]:
     """cos and sin, each [positions, R / 2] float32 on the CPU, so that every device reads the same values."""
-    angles = torch.arange(positions).float()[:, None] * inverse_frequencies(rope, length)[None, :]
+    angles = torch.arange(positions, dtype=torch.float32, device="cpu")[:, None] * inverse_frequencies(rope, length)[None, :]
     return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
 
 
@@ -55,7 +55,7 @@ class Rotary:
 
     def __init__(self, rope: Rope, device: torch.device) -> None:
         self.rope, self.device = rope, device
-        self.cos = self.sin = torch.empty(0, rope.dim // 2)
+        self.cos = self.sin = torch.empty(0, rope.dim // 2, device="cpu")
 
     def rows(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """cos and sin [rows, R / 2], and the row of each token of the batch [T]."""

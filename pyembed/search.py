@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sys
@@ -31,6 +32,19 @@ class Entry:
     text: str
 
 
+def fingerprint(entries: Sequence[Entry]) -> str:
+    """SHA-256 of the texts in their order."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(entry.text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
+
+
+def digest_of(index: Path) -> Path:
+    """Where the fingerprint of the corpus stands that an index was made from."""
+    return index.with_name(index.name + ".sha256")
+
+
 def check_index(path: Path, encoder: Encoder, entries: Sequence[Entry]) -> Array:
     """The vectors stored at `path`. ValueError unless they are those of this corpus by this model, as far as a sample shows."""
     try:
@@ -40,6 +54,8 @@ def check_index(path: Path, encoder: Encoder, entries: Sequence[Entry]) -> Array
     if not isinstance(vectors, np.ndarray) or vectors.dtype != np.float32 or vectors.shape != (len(entries), encoder.dim):
         found = f"{vectors.dtype} {list(vectors.shape)}" if isinstance(vectors, np.ndarray) else "an archive"
         raise ValueError(f"{path} holds {found}; this corpus and model give float32 {[len(entries), encoder.dim]}. {REMEDY}")
+    if digest_of(path).is_file() and digest_of(path).read_text().strip() != fingerprint(entries):
+        raise ValueError(f"{path} was made from other texts: {digest_of(path).name} is not that of this corpus. {REMEDY}")
     sample = np.unique(np.linspace(0, len(entries) - 1, num=4, dtype=int)) if entries else np.empty(0, int)
     fresh = encoder.encode_document([entries[i].text for i in sample])
     for i, vector in zip(sample, fresh, strict=True):

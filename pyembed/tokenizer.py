@@ -65,9 +65,10 @@ class Tokenizer:
     model_max_length: int | None  # of tokenizer_config.json
     prefix: list[int]  # special ids before a text
     suffix: list[int]  # special ids after a text
+    left: bool = False  # a long text loses its beginning instead of its end
 
     def encode(self, texts: Sequence[str], max_length: int | None, *, special: bool = True) -> Tokens:
-        """The ids of each text, cut on the right to `max_length` in all; the specials are never cut."""
+        """The ids of each text, cut to `max_length` in all; the specials are never cut."""
         texts = list(texts)
         for index, text in enumerate(texts):
             if not isinstance(text, str):
@@ -88,7 +89,7 @@ class Tokenizer:
         for index, encoding in enumerate(encodings):
             own = encoding.ids
             if room is not None and len(own) > room:
-                own = own[:room]
+                own = own[-room:] if self.left else own[:room]
                 truncated.append(index)
             ids.append(np.array([*prefix, *own, *suffix], dtype=np.int32))
         return Tokens(ids, truncated, replaced)
@@ -116,6 +117,12 @@ def load(directory: Path, *, append: Sequence[str] = (), prepend: Sequence[str] 
     if lowercase:
         backend.normalizer = lowercased(backend.normalizer)
         notes.append("lowercased")
+    # tokenizer_config.json first, as in transformers; then the truncation that tokenizer.json stores, of which only the side is kept
+    side = settings.get("truncation_side", str, None) or str((backend.truncation or {}).get("direction", "right"))
+    if side.lower() not in ("left", "right"):
+        raise ValueError(f"{settings.path}: truncation_side is {side!r}; expected 'left' or 'right'.")
+    if side.lower() == "left":
+        notes.append("long texts lose their beginning")
     backend.no_truncation()
     backend.no_padding()
 
@@ -145,7 +152,7 @@ def load(directory: Path, *, append: Sequence[str] = (), prepend: Sequence[str] 
         raise ValueError(f"{directory / source} has the token id {vocab_size - 1}; ids are 32 bit integers.")
     longest = settings.get("model_max_length", float, None)  # transformers writes 1e30 for "no limit", as int or float
     limit = None if longest is None or not 1 <= longest <= 10**9 else int(longest)
-    return Tokenizer(backend, ", ".join([source, *notes]), lowercase, vocab_size, limit, prefix, suffix)
+    return Tokenizer(backend, ", ".join([source, *notes]), lowercase, vocab_size, limit, prefix, suffix, side.lower() == "left")
 
 
 def guarded(call: Callable[[], T], what: str) -> T:

@@ -226,7 +226,7 @@ def load(
             )
 
     # transformers multiplies by the scale as rounded to the weights' dtype
-    rounded = replace(config, embed_scale=float(torch.tensor(config.embed_scale).to(dtype)))
+    rounded = replace(config, embed_scale=float(torch.tensor(config.embed_scale, dtype=torch.float64, device="cpu").to(dtype)))
     return Weights(
         config=rounded,
         tokens=tensor(f"{names.tokens}.weight"),
@@ -247,7 +247,7 @@ def load_dense(directory: Path, config: DenseConfig, device: torch.device) -> He
     if config.bias:
         shapes["linear.bias"] = (config.out_features,)
     files.check(shapes)
-    tensors = {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
+    tensors = {name: torch.empty(shape, dtype=torch.float32, device=device) for name, shape in shapes.items()}
     for name, place in tensors.items():
         files.copy(name, place)
     return Head(linear(tensors["linear.weight"], tensors.get("linear.bias")), config.activation)

@@ -255,6 +255,9 @@ def test_a_vector_that_is_not_finite_names_its_input(minilm):
         ({"inputs": b"bytes"}, TypeError, "inputs is a bytes"),
         ({"inputs": None}, TypeError, "inputs is a NoneType"),
         ({"inputs": {"text": "a"}}, TypeError, "inputs is a dict"),
+        ({"inputs": frozenset("a")}, TypeError, "inputs is a frozenset"),
+        ({"inputs": str}, TypeError, "inputs is a type"),
+        ({"inputs": "a", "prompt": 5}, TypeError, "prompt is 5; expected a str"),
         ({"inputs": ["a"], "batch_size": 0}, ValueError, "batch_size is 0; expected a positive integer"),
         ({"inputs": ["a"], "batch_size": -2}, ValueError, "batch_size is -2"),
         ({"inputs": ["a"], "truncate_dim": 0}, ValueError, "truncate_dim is 0"),
@@ -288,6 +291,10 @@ def test_bad_calls(encoder, arguments, error, sentence):
         ({"max_seq_length": 2}, "max_seq_length is 2; expected 3"),
         ({"max_seq_length": 513}, "max_seq_length is 513; expected 3 .* to 512"),
         ({"revision": "main"}, "revision"),
+        ({"causal": True}, "bert models are bidirectional; causal=True is not for them"),
+        ({"pooling": 3}, "pooling is 3"),
+        ({"recipe": ["a"]}, "recipe is"),
+        ({"max_seq_length": "10"}, "max_seq_length is '10'"),
     ],
 )
 def test_bad_options(minilm, arguments, sentence):
@@ -325,3 +332,62 @@ def test_progress_bar_counts_texts(encoder, capsys):
     assert "6/6" in shown
     encoder.encode(TEXTS)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"causal": "no"}, {"normalize": 1}, {"include_prompt": "yes"}, {"prompts": ["a"]}, {"prompts": {"a": 3}}]
+)
+def test_options_of_the_wrong_type(minilm, arguments):
+    with pytest.raises(TypeError, match=f"{next(iter(arguments))} is .*; expected"):
+        Encoder(minilm, **arguments)
+
+
+def test_attributes_are_checked_where_they_are_used(minilm):
+    encoder = Encoder(minilm)
+    for value in (20.5, "20", 0):
+        with pytest.raises(ValueError, match="max_seq_length is"):
+            encoder.max_seq_length = value
+    encoder.truncate_dim = -5
+    with pytest.raises(ValueError, match="truncate_dim is -5"):
+        encoder.encode("a")
+    with pytest.raises(ValueError, match="384 and 10 dimensions"):
+        encoder.similarity(np.ones((1, 384)), np.ones((1, 10)))
+
+
+def test_numpy_integers_are_integers(encoder):
+    assert encoder.encode(TEXTS, batch_size=np.int64(2), truncate_dim=np.int32(5)).shape == (6, 5)
+
+
+def test_torchs_defaults_around_us_change_nothing(minilm):
+    for backend in (None, "reference"):
+        encoder = Encoder(minilm, dtype="float32", backend=backend, device="cpu")
+        expected = encoder.encode(TEXTS)
+        with torch.device("meta"):
+            assert np.array_equal(encoder.encode(TEXTS), expected)
+            assert np.array_equal(Encoder(minilm, dtype="float32", backend=backend, device="cpu").encode(TEXTS), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert np.array_equal(encoder.encode(TEXTS), expected)
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert np.array_equal(encoder.encode(TEXTS), expected)
+            assert np.array_equal(Encoder(minilm, dtype="float32", backend=backend, device="cpu").encode(iter(TEXTS)), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_float16_on_a_cpu_says_that_it_is_slow(minilm, encoder, caplog):
+    with caplog.at_level(logging.WARNING, logger="pyembed"):
+        half = Encoder(minilm, device="cpu", dtype="float16")
+    assert "many times slower" in caplog.text
+    assert "backend=reference" in repr(half)
+    assert (half.encode(TEXTS[:2]) * encoder.encode(TEXTS[:2])).sum(1).min() > 0.9999
+
+
+def test_pooling_by_argument_keeps_what_the_files_say_of_the_prompt(minilm, tmp_path):
+    for path in minilm.iterdir():
+        if path.name != "1_Pooling":
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean", "include_prompt": false}')
+    assert not Encoder(tmp_path, pooling="max").spec.pooling.include_prompt
+    assert Encoder(tmp_path, pooling="max", include_prompt=True).spec.pooling.include_prompt

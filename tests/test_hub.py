@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from pyembed import Encoder
 from pyembed.hub import resolve
 
 Files = dict[str, bytes]
@@ -530,3 +531,15 @@ except OSError as error:
     assert sentence.startswith("org/other is not, or not completely, in the cache")
     assert "HF_HUB_OFFLINE forbids fetching it" in sentence
     assert hub.requests == []
+
+
+def test_what_is_refused_is_refused_before_weights_are_fetched(hub: FakeHub) -> None:
+    hub.push("org/odd", {**SENTENCE, "config.json": b'{"model_type": "resnet"}'})
+    with pytest.raises(ValueError, match="'resnet' is not supported"):
+        Encoder("org/odd")
+    assert "config.json" in hub.files()
+    assert not [name for name in hub.files() if name.endswith(".safetensors")]
+    before = list(hub.files())
+    with pytest.raises(ValueError, match="truncate_dim is -1"):
+        Encoder("org/odd", truncate_dim=-1)
+    assert list(hub.files()) == before

@@ -14,6 +14,9 @@ import pytest
 import torch
 
 from pyembed import Encoder
+from pyembed.heads import dense
+from pyembed.linear import linear
+from pyembed.model import Head
 
 MODELS = ("qwen3", "gemma2", "embeddinggemma", "bert", "minilm")
 LENGTHS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 40, 64, 75, 100)
@@ -109,3 +112,16 @@ def test_memory_is_poisoned() -> None:
     like = torch.ones(2, 3, dtype=torch.bfloat16)
     for empty in (torch.empty(5), torch.empty((2, 3), dtype=torch.bfloat16), torch.empty_like(like), like.new_empty(4)):
         assert empty.isnan().all()
+
+
+@pytest.mark.parametrize("activation", ["identity", "tanh", "gelu", "relu", "silu"])
+@pytest.mark.parametrize("width", [7, 40, 768])
+def test_dense_modules_of_any_activation_and_width(width: int, activation: str) -> None:
+    generator = torch.Generator().manual_seed(width)
+    head = Head(linear(torch.randn(width, 24, generator=generator), torch.randn(width, generator=generator)), activation)
+    vectors = torch.randn(39, 24, generator=generator) * 4
+    with torch.inference_mode():
+        alone = torch.cat([dense(vectors[i : i + 1], head) for i in range(len(vectors))])
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(dense(vectors, head), alone)

@@ -261,6 +261,8 @@ def test_no_weights_and_pickles(model):
         ({"rope_scaling": {"rope_type": "mrope"}}, "rope type 'mrope' is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "needs a positive factor"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected dict"),
+        ({"rms_norm_eps": -1.0}, r"rms_norm_eps is -1\.0; expected a number that is not negative"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0; expected a positive integer"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; expected float"),
         ({"use_bidirectional_attention": 3}, "use_bidirectional_attention is 3"),
         ({"auto_map": {"AutoModel": "modeling_x.XModel"}}, r"own code \(modeling_x\.XModel\), which pyembed never runs"),

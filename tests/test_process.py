@@ -36,6 +36,14 @@ def test_pickling_loads_the_model_again(minilm):
     assert len(blob) < 10_000  # the arguments, not the weights
     copy = pickle.loads(blob)
     assert copy.max_seq_length == 80
+    encoder.prompts["query"], encoder.truncate_dim, encoder.similarity_fn_name, encoder.default_prompt_name = "new ", 8, "dot", "query"
+    copy = pickle.loads(pickle.dumps(encoder))
+    assert np.array_equal(copy.encode(TEXTS), encoder.encode(TEXTS))
+    assert copy.encode(TEXTS).shape[1] == 8
+    assert copy.similarity_fn_name == "dot"
+    encoder.truncate_dim, encoder.prompts["query"] = 64, "q: "
+    copy = pickle.loads(pickle.dumps(encoder))
+    assert b"secret" not in pickle.dumps(Encoder(minilm, token="secret"))
     assert np.array_equal(copy.encode_query(TEXTS), encoder.encode_query(TEXTS))
 
 
@@ -56,6 +64,26 @@ def test_a_forked_child_is_told(encoder):
     assert child.exitcode == 0
     assert "RuntimeError" in answer
     assert "forked" in answer
+
+
+def _finish(stream, queue):
+    try:
+        queue.put(len(list(stream)))
+    except Exception as error:
+        queue.put(f"{type(error).__name__}: {error}")
+
+
+def test_a_stream_carried_over_a_fork_is_told_too(encoder, monkeypatch):
+    monkeypatch.setattr("pyembed.engine.WINDOW_TEXTS", 4)
+    stream = encoder.stream(TEXTS)
+    next(stream)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_finish, args=(stream, queue))
+    child.start()
+    answer = queue.get(timeout=60)
+    child.join(30)
+    assert "forked" in str(answer)
 
 
 def test_a_spawned_process_loads_its_own(encoder):

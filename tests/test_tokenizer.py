@@ -322,6 +322,21 @@ def test_unigram_like_xlm_r(tmp_path: Path) -> None:
     assert tokenizer.vocab_size == stored.get_vocab_size()
 
 
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "tokenizer.json"])
+def test_a_text_is_cut_on_the_side_its_files_say(where: str, tmp_path: Path) -> None:
+    stored = mistral_like("<s> $A </s>")
+    if where == "tokenizer.json":
+        stored.enable_truncation(20, direction="left")
+    directory = saved(tmp_path, stored, **({"truncation_side": "left"} if where == "tokenizer_config.json" else {}))
+    tokenizer = load(directory)
+    texts = ["the quick brown fox jumps over the lazy dog"]
+    (whole,), (cut,) = lists(tokenizer, texts), lists(tokenizer, texts, 8)
+    assert cut == [whole[0], *whole[-7:]]
+    assert "lose their beginning" in tokenizer.source
+    with pytest.raises(ValueError, match="truncation_side is 'middle'"):
+        load(saved(tmp_path, mistral_like(), truncation_side="middle"))
+
+
 def test_max_length_must_leave_room(tmp_path: Path) -> None:
     tokenizer = load(saved(tmp_path, mistral_like("<s> $A </s>")))
     assert [len(ids) for ids in lists(tokenizer, ["some text"], 3)] == [3]

@@ -232,17 +232,17 @@ static inline void weigh(const Chunk& c, int64_t count, float unit) {
         V top = set1(-__builtin_inff());
         for (int64_t j = 0; j < count; ++j) top = max(top, load(s + j * LANES));
         const V before = load(c.top + i * W);
-        top = max(before, top * units);
+        top = max(before, top * units);  // rounded as each product below is, so that the largest one's exponent is exactly 0
         const V pivot = if_less(set1(-__builtin_inff()), top, top, zero());  // nothing seen yet: -inf - -inf would be NaN
         const V shrink = exp2_negative(before - pivot);
         V sum = zero();
         for (int64_t j = 0; j < count; j += L::PER_WORD) {
-            const V weight = exp2_negative(fma(load(s + j * LANES), units, zero() - pivot));
+            const V weight = exp2_negative(load(s + j * LANES) * units - pivot);
             sum = sum + weight;
             if constexpr (L::PER_WORD == 1) {
                 store(s + j * LANES, round_to<T>(weight));
             } else {
-                const V next = j + 1 < count ? exp2_negative(fma(load(s + (j + 1) * LANES), units, zero() - pivot)) : zero();
+                const V next = j + 1 < count ? exp2_negative(load(s + (j + 1) * LANES) * units - pivot) : zero();
                 sum = sum + next;
                 store(s + j / 2 * LANES, L::round_pair(weight, next));
             }

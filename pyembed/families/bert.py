@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, cast
 
 from pyembed.config import Family, ModelConfig, TensorNames
-from pyembed.families.common import MOST_LAYERS, activation
+from pyembed.families.common import MOST_LAYERS, activation, norm_eps
 from pyembed.jsonfile import Fields
 
 
@@ -39,7 +39,7 @@ def read(fields: Fields) -> ModelConfig:
         num_key_value_heads=heads,
         head_dim=hidden // heads,
         max_positions=rows - offset,
-        norm_eps=fields.get("layer_norm_eps", float, 1e-12),
+        norm_eps=norm_eps(fields, "layer_norm_eps", 1e-12),
         block="post",
         norm="layer",
         activation=cast("Literal['silu', 'gelu', 'gelu_tanh']", act),

@@ -13,7 +13,7 @@ ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 def bidirectional(fields: Fields) -> bool | None:
-    """What config.json says of the mask: True, False, or None when it says nothing (models.md 3.3)."""
+    """What config.json says of the mask: True, False, or None when it says nothing."""
     flag = fields.values.get("use_bidirectional_attention")
     if flag is not None and not isinstance(flag, bool | str):
         raise ValueError(f"{fields.path}: use_bidirectional_attention is {flag!r}; expected true or false.")
@@ -98,6 +98,14 @@ def head_counts(fields: Fields, default_head_dim: int | None = None) -> tuple[in
     if head_dim % 2:
         raise ValueError(f"{fields.path}: head_dim is {head_dim}; rotary embeddings need an even number.")
     return heads, groups, head_dim
+
+
+def norm_eps(fields: Fields, name: str, default: float) -> float:
+    """A norm's epsilon, which a negative number would turn into NaN."""
+    value = fields.get(name, float, default)
+    if value < 0:
+        raise ValueError(f"{fields.path}: {name} is {value}; expected a number that is not negative.")
+    return value
 
 
 def window(size: int | None, causal: bool) -> tuple[int, int] | None:

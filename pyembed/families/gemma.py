@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, cast
 
 from pyembed.config import Family, ModelConfig, Pooling, Recipe, Rope, TensorNames
-from pyembed.families.common import MOST_LAYERS, activation, bidirectional, head_counts, layer_types, rope, scaled_rope, window
+from pyembed.families.common import MOST_LAYERS, activation, bidirectional, head_counts, layer_types, norm_eps, rope, scaled_rope, window
 from pyembed.jsonfile import Fields
 
 
@@ -36,7 +36,7 @@ def read(fields: Fields) -> ModelConfig:
         num_key_value_heads=groups,
         head_dim=head_dim,
         max_positions=max_positions,
-        norm_eps=fields.get("rms_norm_eps", float, 1e-6),
+        norm_eps=norm_eps(fields, "rms_norm_eps", 1e-6),
         block="sandwich",
         norm="rms_plus_one",
         activation=cast(

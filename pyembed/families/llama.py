@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Literal, cast
 
 from pyembed.config import Family, ModelConfig, Pooling, Recipe, TensorNames
-from pyembed.families.common import MOST_LAYERS, activation, bidirectional, head_counts, layer_types, rope, window
+from pyembed.families.common import MOST_LAYERS, activation, bidirectional, head_counts, layer_types, norm_eps, rope, window
 from pyembed.jsonfile import Fields
 
 RETRIEVAL = "Given a web search query, retrieve relevant passages that answer the query"
@@ -22,7 +22,8 @@ def read(fields: Fields) -> ModelConfig:
     if flag is None and "modeling_qwen.Qwen2Model" in str(fields.values.get("auto_map")):
         flag = True  # gte-Qwen2 and its relatives: the class of that name is bidirectional unless is_causal says otherwise
     causal = not flag
-    size = fields.get("sliding_window", int, None if "sliding_window" in fields.values else 4096)  # null is none, absent the default
+    null = "sliding_window" in fields.values and "sliding_window" not in fields  # none; where the field is absent, the default
+    size = None if null else fields.positive("sliding_window", 4096)
     if kind in ("qwen2", "qwen3"):
         size = size if fields.get("use_sliding_window", bool, False) else None
         first = fields.get("max_window_layers", int, 28)
@@ -42,7 +43,7 @@ def read(fields: Fields) -> ModelConfig:
         num_key_value_heads=groups,
         head_dim=head_dim,
         max_positions=max_positions,
-        norm_eps=fields.get("rms_norm_eps", float, 1e-6),
+        norm_eps=norm_eps(fields, "rms_norm_eps", 1e-6),
         activation=cast("Literal['silu', 'gelu', 'gelu_tanh']", activation(fields, "hidden_act", "silu")),
         qk_norm=kind == "qwen3",
         qkv_bias=kind == "qwen2" or bias,

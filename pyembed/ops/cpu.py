@@ -77,12 +77,12 @@ def _norm_argument(norm: Norm | None, size: int) -> _NormArgument:
 def _rows_out(x: Tensor, size: int, quant: Quant | None) -> tuple[Tensor | Quantised, int, int, int]:
     """Room for a result [T, size], and what the kernel wants to know about it: values, scales, kind."""
     if quant is None:
-        out = torch.empty((x.shape[0], size), dtype=x.dtype)
+        out = torch.empty((x.shape[0], size), dtype=x.dtype, device="cpu")
         return out, out.data_ptr(), 0, 0
     if quant not in _QUANTS:
         raise ValueError(f"quant must be None, 'int8' or 'fp8', got {quant!r}")
-    values = torch.empty((x.shape[0], size), dtype=torch.int8 if quant == "int8" else torch.float8_e4m3fn)
-    scale = torch.empty(x.shape[0], dtype=torch.float32)
+    values = torch.empty((x.shape[0], size), dtype=torch.int8 if quant == "int8" else torch.float8_e4m3fn, device="cpu")
+    scale = torch.empty(x.shape[0], dtype=torch.float32, device="cpu")
     return Quantised(values, scale), values.data_ptr(), scale.data_ptr(), _QUANTS[quant]
 
 
@@ -122,7 +122,7 @@ def embed(
         _check("position_table", position_table, tokens.dtype, -1, width)
         table = (position_table.data_ptr(), position_table.stride(0), position_table.shape[0])
     type_address = 0 if type_row is None else _check_whole("type_row", type_row, tokens.dtype, width)
-    out = torch.empty((rows, width), dtype=tokens.dtype)
+    out = torch.empty((rows, width), dtype=tokens.dtype, device="cpu")
     _cpu.embed(
         dtype, torch.get_num_threads(), ids, rows, width, tokens.data_ptr(), tokens.stride(0), tokens.shape[0], scale,
         position_rows, *table, type_address, _norm_argument(norm, width), out.data_ptr(),
@@ -254,7 +254,7 @@ def attention(
         shared = (_head_rows(prefix.k), _head_rows(prefix.v), rows, prefix.cu_p.shape[0] - 1, offsets_p, of_sequences)
     starts = 0 if q_start is None else _check_whole("q_start", q_start, torch.int32, sequences)
     left, right = (-1, -1) if window is None else window
-    out = torch.empty((queries, heads, width), dtype=q.dtype)
+    out = torch.empty((queries, heads, width), dtype=q.dtype, device="cpu")
     _cpu.attention(
         dtype, torch.get_num_threads(), _head_rows(q), _head_rows(k), _head_rows(v), queries, keys, heads, groups, width,
         sequences, offsets_q, offsets_k, tiles, schedule.shape[0], causal, left, right, scale, softcap or 0.0, table, radius,
@@ -308,7 +308,7 @@ def pool(
     kept = width if dim is None else dim
     if not 0 < kept <= width:
         raise ValueError(f"dim must be between 1 and the {width} columns of x, got {dim}")
-    out = torch.empty((texts, kept), dtype=torch.float32)
+    out = torch.empty((texts, kept), dtype=torch.float32, device="cpu")
     _cpu.pool(
         dtype, torch.get_num_threads(), _POOL_MODES[mode], x.data_ptr(), rows, width, x.stride(0), starts, read, texts, kept,
         _norm_argument(norm, width), normalize, out.data_ptr(),

@@ -161,6 +161,16 @@ def test_a_bias_of_minus_infinity_hides(dtype: torch.dtype) -> None:
 
 
 @dtypes
+@pytest.mark.parametrize("size", [1e2, 1e3, 3e4, 1e5])
+def test_scores_beyond_all_reason(dtype: torch.dtype, size: float) -> None:
+    """One key: whatever its score, its weight is one. The largest score and its own weight are rounded alike."""
+    q, k, v = (torch.full((1, 1, 64), x, dtype=dtype) for x in (size, size, 1.0))
+    cu = offsets([1])
+    y = cpu.attention(q, k, v, cu, cu, cpu.schedule([1]), causal=True, scale=0.987)
+    assert torch.equal(y, v)
+
+
+@dtypes
 def test_rows_of_nobody_reach_nothing(dtype: torch.dtype) -> None:
     case = Case(dtype, LENGTHS, LENGTHS)
     spare = [torch.cat([x, torch.full_like(x[:5], torch.nan)]) for x in case.tensors()]
