@@ -35,7 +35,7 @@ class Request:
 
 @dataclass
 class FakeHub:
-    """The answers of huggingface.co to the requests that huggingface_hub makes for a download."""
+    """The answers of a hub to the requests that huggingface_hub makes for a download."""
 
     repos: dict[str, dict[str, Files]] = field(default_factory=dict)  # id -> commit -> files
     refs: dict[tuple[str, str], str] = field(default_factory=dict)  # (id, branch) -> commit
