@@ -121,6 +121,11 @@ class ModelSpec:
     recipe: Recipe | None
     sources: dict[str, str]
 
+    @property
+    def full_dim(self) -> int:
+        """Length of a vector before any cut."""
+        return self.dense[-1].out_features if self.dense else self.model.hidden_size * len(self.pooling.modes)
+
 
 @dataclass(frozen=True, slots=True)
 class TensorNames:

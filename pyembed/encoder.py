@@ -30,11 +30,11 @@ from pyembed.options import (
     default_length,
     find_recipe,
     native_dtype,
+    tokenizer_of,
 )
 from pyembed.probes import check_ids, check_mask
 from pyembed.quantize import Array, Precision
 from pyembed.tokenizer import Tokenizer
-from pyembed.tokenizer import load as load_tokenizer
 
 logger = logging.getLogger("pyembed")
 
@@ -110,13 +110,7 @@ class Encoder:
         self.similarity_fn_name = similarity_fn_name or spec.similarity
         self.truncate_dim = truncate_dim if truncate_dim is not None else spec.truncate_dim
         self._spec = spec
-        rule = spec.recipe
-        self.tokenizer: Tokenizer = load_tokenizer(
-            self.directory / spec.transformer_path,
-            prepend=rule.prepend if rule else (),
-            append=rule.append if rule else (),
-            lowercase=spec.lowercase,
-        )
+        self.tokenizer: Tokenizer = tokenizer_of(self.directory, spec)
         self._max_seq_length = default_length(spec, self.tokenizer)
         if max_seq_length is not None:
             self.max_seq_length = max_seq_length
@@ -169,8 +163,7 @@ class Encoder:
     @property
     def dim(self) -> int:
         """Length of a vector."""
-        spec = self._spec
-        full = spec.dense[-1].out_features if spec.dense else spec.model.hidden_size * len(spec.pooling.modes)
+        full = self._spec.full_dim
         return full if self.truncate_dim is None else min(full, self.truncate_dim)
 
     @property

@@ -12,9 +12,9 @@ from pyembed.checkpoint import read_checkpoint
 from pyembed.config import ModelConfig, ModelSpec
 from pyembed.families import FAMILIES
 from pyembed.hub import resolve
-from pyembed.options import check_dtype, check_pooling, choose_device, default_length, find_recipe, native_dtype
+from pyembed.options import check_dtype, check_pooling, choose_device, default_length, find_recipe, native_dtype, tokenizer_of
 from pyembed.probes import PROBE, check_ids
-from pyembed.tokenizer import Tokenizer, load
+from pyembed.tokenizer import Tokenizer
 
 Row = tuple[str, str, str]  # label, what was found, where
 
@@ -40,13 +40,7 @@ def describe(args: argparse.Namespace) -> str:
     spec = replace(spec, truncate_dim=args.truncate_dim or spec.truncate_dim)
     if spec.model.position_offset is not None and (args.max_seq_length or 0) > spec.model.max_positions:
         raise ValueError(f"--max-seq-length is {args.max_seq_length}; this model has positions for {spec.model.max_positions} tokens.")
-    rule = spec.recipe
-    tokenizer = load(
-        directory / spec.transformer_path,
-        prepend=rule.prepend if rule else (),
-        append=rule.append if rule else (),
-        lowercase=spec.lowercase,
-    )
+    tokenizer = tokenizer_of(directory, spec)
     check_ids(tokenizer, spec)
     device = choose_device(args.device)
     dtype = check_dtype(args.dtype) or native_dtype(device)
@@ -104,7 +98,7 @@ def of_vector(spec: ModelSpec) -> list[Row]:
     rows = [("pooling", pooling, spec.sources["pooling"])]
     for head in spec.dense:
         rows.append(("dense", f"{head.in_features:,} to {head.out_features:,}, {head.activation}", f"{head.path}/config.json"))
-    full = spec.dense[-1].out_features if spec.dense else spec.model.hidden_size * len(spec.pooling.modes)
+    full = spec.full_dim
     cut = f", cut to {spec.truncate_dim:,}" if spec.truncate_dim is not None and spec.truncate_dim < full else ""
     length = "L2 norm 1" if spec.normalize else "not normalised"
     rows.append(("vector", f"{full:,} dimensions{cut}, {length}, compared by {spec.similarity}", spec.sources["normalize"]))

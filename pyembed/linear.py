@@ -19,8 +19,6 @@ class Linear:
     weight: Tensor  # [out_features, in_features], or that packed
     bias: Tensor | None  # [out_features]
     packed: bool
-    in_features: int
-    out_features: int
 
     @property
     def fuses(self) -> frozenset[str]:
@@ -48,9 +46,8 @@ def linear(weight: Tensor, bias: Tensor | None) -> Linear:
 
     A packed Linear never shares memory with `weight`, which the caller may use again.
     """
-    out_features, in_features = weight.shape
     packed = packable(weight.device, weight.dtype)
     if packed:
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         weight = reordered if reordered.is_mkldnn else weight.clone()
-    return Linear(weight, bias, packed, in_features, out_features)
+    return Linear(weight, bias, packed)

@@ -13,6 +13,7 @@ from pyembed.config import ModelSpec, Recipe
 from pyembed.families import recipe_of_id, recipes
 from pyembed.ops import POOL_MODES, PoolMode
 from pyembed.tokenizer import Tokenizer
+from pyembed.tokenizer import load as load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -82,6 +83,17 @@ def check_positive(name: str, value: int | None) -> None:
     """numpy's integers are integers here."""
     if value is not None and (not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1):
         raise ValueError(f"{name} is {value!r}; expected a positive integer.")
+
+
+def tokenizer_of(directory: Path, spec: ModelSpec) -> Tokenizer:
+    """The tokenizer of a model's directory, with what its recipe puts around a text."""
+    rule = spec.recipe
+    return load_tokenizer(
+        directory / spec.transformer_path,
+        prepend=rule.prepend if rule else (),
+        append=rule.append if rule else (),
+        lowercase=spec.lowercase,
+    )
 
 
 def default_length(spec: ModelSpec, tokenizer: Tokenizer) -> int | None:

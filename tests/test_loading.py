@@ -476,11 +476,11 @@ def test_a_mask_that_is_not_the_one_claimed_is_caught(model, monkeypatch):
 
 
 def test_ids_that_are_not_the_recipes_are_caught(tmp_path, monkeypatch):
-    from pyembed import encoder
+    from pyembed import options
 
     model = write_model(tmp_path / "bare", modules=False)
-    honest = encoder.load_tokenizer
-    monkeypatch.setattr(encoder, "load_tokenizer", lambda directory, **named: honest(directory, **(named | {"append": ()})))
+    honest = options.load_tokenizer
+    monkeypatch.setattr(options, "load_tokenizer", lambda directory, **named: honest(directory, **(named | {"append": ()})))
     with pytest.raises(ValueError, match=r"Recipe 'e5-mistral' wants texts to start with \['<s>'\] and end with \['</s>'\]"):
         Encoder(model, recipe="e5-mistral")
 
