@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,13 +27,15 @@ from pyembed.options import (
     choose_device,
     choose_recipe,
     default_length,
+    known,
     tokenizer_of,
     with_variants,
 )
 from pyembed.prompts import Example
 from pyembed.quantize import Array, Precision
 from pyembed.recipes import recipes
-from pyembed.results import collect, features, progress, reported, shaped
+from pyembed.results import check_out, collect, into, per_token, running, shaped, streamed
+from pyembed.rows import Text
 from pyembed.tokenizer import Tokenizer
 
 
@@ -164,7 +167,7 @@ class Encoder:
 
     @property
     def stats(self) -> engine.Stats:
-        """Counts of texts, tokens, truncated texts and replaced surrogates since loading."""
+        """What was done since loading: texts, tokens, texts cut or repaired, what was not computed twice, seconds the device was busy."""
         return replace(self._loaded.stats)
 
     @property
@@ -204,7 +207,7 @@ class Encoder:
 
     def encode(
         self,
-        inputs: str | Iterable[str],
+        inputs: str | Iterable[Text],
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int | None = None,
@@ -222,11 +225,14 @@ class Encoder:
         ranges: Array | None = None,
         examples: Sequence[Example] = (),
         variants: Iterable[Any] | None = None,
+        out: Any = None,
     ) -> Any:
         """Vectors of texts, in their order.
 
         Args:
-            inputs: one text, or any sequence or iterator of them; an iterator is read window by window.
+            inputs: one text, or any sequence or iterator of them; an iterator is read window by window. In a text's place may stand its
+                token ids (a list, 1-D array or 1-D tensor of integers, as `token_ids` gives them), which are taken exactly as they are:
+                nothing is put before or behind them, and too many are a ValueError.
             prompt_name, prompt: what is put before each text: a named prompt of the model, or this very text, which wins.
             batch_size: at most so many texts in a batch; None leaves it to the token budget.
             show_progress_bar: None shows it when the logger "pyembed" is at INFO or DEBUG.
@@ -240,14 +246,14 @@ class Encoder:
                 A model whose vectors are int8 numbers (`spec.output`) needs none for int8.
             examples: in-context examples, (text, response) or dicts with text, response and instruction, for models that take them.
             variants: for each text other wordings of it; its vector is the mean of theirs and its own (GenEOL, arXiv 2410.14635).
+            out: array, memmap or tensor to write into, [N or more, dim] float32 or float16 (a tensor also bfloat16), or the precision's
+                integers; [dim] or [1, dim] for one text. Vectors are written as they come, so those of finished windows stay when the
+                rest fails; int8 and uint8 need `ranges`.
 
-        Returns float32 (or the precision's integers): [dim] for one text, [N, dim] for several.
+        Returns float32 (or the precision's integers): [dim] for one text, [N, dim] for several; `out` where it was given, or its first N
+        rows where it has more.
         """
-        if pool is not None or chunk_size is not None or isinstance(device, list | tuple):
-            raise ValueError("Encoding on several devices (pool=, chunk_size=, a list of devices) is not supported; pass one device.")
-        quantize.check_precision(precision)
-        if output_value not in ("sentence_embedding", "token_embeddings", None):
-            raise ValueError(f"output_value is {output_value!r}; expected 'sentence_embedding', 'token_embeddings' or None.")
+        request.check_kinds(output_value, precision, pool, chunk_size, device if isinstance(device, list | tuple) else None)
         if device is not None and choose_device(device) != self.device:
             with self._reloading:
                 self._load(choose_device(device), self.dtype if self._arguments["dtype"] != "auto" else None, self.adapter)
@@ -262,22 +268,22 @@ class Encoder:
             truncate_dim=truncate_dim,
             tokens=output_value != "sentence_embedding",
         )
-        if job.tokens and (variants is not None or len(job.form.templates) > 1):
-            raise ValueError(f"output_value={output_value!r} gives one text's tokens; with variants or several templates there are more.")
+        request.check_tokens(output_value, job, variants=variants is not None, out=out)
+        stored = request.storing(self, job, precision, ranges, variants=variants is not None, at_once=out is None)
+        count, width = known(texts), request.width(self, job)
+        if out is not None:
+            check_out(out, count, width, precision, single=single, to_tensor=convert_to_tensor)
         rows: Iterable[engine.Input] = texts if variants is None else with_variants(texts, [variants] if single else variants)
-        with progress(show_progress_bar, texts) as bar:
-            results = reported(engine.run(self._loaded, job, rows, bar.update if bar else None), self.max_seq_length)
-            if output_value is not None and not job.tokens:
-                vectors = collect(results, len(texts) if isinstance(texts, Sequence) else None, self.device, on_device=convert_to_tensor)
-                integers = self._spec.integers and not job.normalize and variants is None and len(job.form.templates) == 1
-                return shaped(vectors, single, precision, ranges, integers, to_numpy=convert_to_numpy, to_tensor=convert_to_tensor)
-            items: list[Any] = []
-            for window in results:
-                for ids, state, vector in zip(window.ids, window.states, window.vectors, strict=True):
-                    items.append(state if output_value else features(ids, state, vector))
-        return items[0] if single else items
+        with running(self._loaded, job, rows, show_progress_bar, count, self.max_seq_length) as windows:
+            if job.tokens:
+                items = per_token(windows, everything=output_value is None)
+                return items[0] if single else items
+            if out is not None:
+                return into(windows, out, stored)
+            vectors = collect(windows, count, width, self.device if convert_to_tensor else torch.device("cpu"))
+        return shaped(vectors, stored, single=single, to_numpy=convert_to_numpy, to_tensor=convert_to_tensor)
 
-    def encode_query(self, inputs: str | Iterable[str], *, instruction: str | None = None, **arguments: Any) -> Any:
+    def encode_query(self, inputs: str | Iterable[Text], *, instruction: str | None = None, **arguments: Any) -> Any:
         """`encode` with the prompt and template named "query".
 
         `instruction` says what is searched for, in models that take one; None leaves the recipe's own. It goes with neither `prompt` nor
@@ -285,7 +291,7 @@ class Encoder:
         """
         return self.encode(inputs, **prompts.named(self._spec, self.prompts, ("query",), instruction, arguments))
 
-    def encode_document(self, inputs: str | Iterable[str], *, instruction: str | None = None, **arguments: Any) -> Any:
+    def encode_document(self, inputs: str | Iterable[Text], *, instruction: str | None = None, **arguments: Any) -> Any:
         """`encode` with the first prompt and template there is of "document", "passage", "corpus". `instruction` as in `encode_query`."""
         names = ("document", "passage", "corpus")
         return self.encode(inputs, **prompts.named(self._spec, self.prompts, names, instruction, arguments))
@@ -317,15 +323,14 @@ class Encoder:
         job = replace(job, sparse=sparse.maker(self._spec, self.tokenizer, words, expand))
         with self._reloading:
             loaded = add_vocabulary(self._loaded, self._stack, self._family)
-        with progress(show_progress_bar, texts) as bar:
-            windows = reported(engine.run(loaded, job, texts, bar.update if bar else None), self.max_seq_length)
+        with running(loaded, job, texts, show_progress_bar, known(texts), self.max_seq_length) as windows:
             rows = [row for window in windows for row in window.sparse]
         made = sparse.as_dicts(rows, self.tokenizer) if as_dict else sparse.as_tensor(rows, self._spec.model.vocab_size)
         return made[0] if single else made
 
     def stream(
         self,
-        inputs: Iterable[str],
+        inputs: Iterable[Text],
         *,
         prompt_name: str | None = None,
         prompt: str | None = None,
@@ -341,10 +346,6 @@ class Encoder:
 
         int8 and uint8 need `ranges`: a stream does not know the range of what is yet to come.
         """
-        quantize.check_precision(precision)
-        own = precision == "int8" and self._spec.integers and not normalize_embeddings
-        if precision in ("int8", "uint8") and ranges is None and not own:
-            raise ValueError(f"precision {precision!r} needs ranges= when streaming: each dimension's range over all vectors is not known.")
         single, texts = as_texts(inputs)
         if single:
             raise TypeError("stream takes an iterable of texts; one text goes to encode.")
@@ -357,14 +358,17 @@ class Encoder:
             normalize=normalize_embeddings,
             truncate_dim=truncate_dim,
         )
-        return self._stream(texts, job, precision, ranges, show_progress_bar)
+        stored = request.storing(self, job, precision, ranges)
+        return streamed(self._loaded, job, texts, show_progress_bar, known(texts), self.max_seq_length, stored)
 
-    def _stream(
-        self, texts: Iterable[str], job: engine.Job, precision: Precision, ranges: Array | None, show: bool | None
-    ) -> Iterator[Array]:
-        with progress(show, texts) as bar:
-            for window in reported(engine.run(self._loaded, job, texts, bar.update if bar else None), self.max_seq_length):
-                yield from quantize.quantize(window.vectors.numpy(), precision, ranges, integers=self._spec.integers and not job.normalize)
+    def token_ids(
+        self, texts: Iterable[str], prompt_name: str | None = None, prompt: str | None = None, examples: Sequence[Example] = ()
+    ) -> list[np.ndarray]:
+        """The ids that `encode` would run for each text, [length] int32: prompt, template, special tokens and truncation included.
+
+        `encode` takes them in the texts' place. Arguments as `encode`; ValueError for a model with several templates for a text.
+        """
+        return request.token_ids(self, texts, prompt=prompt, prompt_name=prompt_name, examples=examples)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """Scores [N, M] float32 of two sets of vectors, by the model's similarity function."""

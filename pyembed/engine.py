@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from pyembed.config import ModelSpec
 from pyembed.model import Weights, forward
 from pyembed.ops import Ops
 from pyembed.prefix import PrefixCache, Run, gathered, joined, shareable, shared_tokens
+from pyembed.rows import Text, extent, prepare
 from pyembed.sparse import SparseVector
 from pyembed.tokenizer import Tokenizer
 
@@ -36,7 +38,7 @@ class Wordings:
     texts: tuple[str, ...]
 
 
-Input = str | Wordings
+Input = Text | Wordings  # a text, its token ids, or a text in several wordings
 
 
 @dataclass(slots=True)
@@ -49,6 +51,11 @@ class Stats:
     replaced: int = 0  # texts whose lone surrogates became U+FFFD
     prefix_tokens: int = 0  # of `tokens`, those whose states a prompt had already given
     duplicates: int = 0  # rows that repeated another of their window
+    busy: float = 0.0  # seconds that a device computed, summed over devices
+
+    def add(self, more: Stats) -> None:
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(more, each.name))
 
 
 @dataclass(slots=True)
@@ -96,7 +103,7 @@ class Window:
     replaced: int  # texts whose lone surrogates became U+FFFD
 
 
-def wordings(each: Input) -> tuple[str, ...]:
+def wordings(each: Input) -> tuple[Text, ...]:
     return each.texts if isinstance(each, Wordings) else (each,)
 
 
@@ -106,8 +113,7 @@ def windows(inputs: Iterable[Input]) -> Iterator[list[Input]]:
     characters = 0
     for each in inputs:
         window.append(each)
-        # what is not a str is refused with its index later
-        characters += sum(len(text) for text in wordings(each) if isinstance(text, str))
+        characters += sum(map(extent, wordings(each)))
         if len(window) == WINDOW_TEXTS or characters >= WINDOW_CHARACTERS:
             yield window
             window, characters = [], 0
@@ -131,23 +137,20 @@ def check_process(model: Loaded) -> None:
         )
 
 
-def run(model: Loaded, job: Job, inputs: Iterable[Input], advance: Callable[[int], Any] | None = None) -> Iterator[Window]:
-    """Results window by window, memory independent of how many texts there are. `advance` is told of each finished batch's texts."""
+def run(model: Loaded, job: Job, inputs: Iterable[Input], advance: Callable[[Stats], Any] | None = None) -> Iterator[Window]:
+    """Results window by window, memory independent of how many texts there are. `advance` is told what each batch adds to the stats."""
     done = 0
     for window in windows(inputs):
         yield run_window(model, job, window, done, advance)
         done += len(window)
 
 
-def run_window(model: Loaded, job: Job, inputs: list[Input], first: int, advance: Callable[[int], Any] | None) -> Window:
+def run_window(model: Loaded, job: Job, inputs: list[Input], first: int, advance: Callable[[Stats], Any] | None) -> Window:
     """Stations 2 to 8 for the texts of one window; `first` is the index of its first text, for errors."""
     check_process(model)
     groups = [wordings(each) for each in inputs]
-    for index, text in ((index, text) for index, group in enumerate(groups) for text in group):
-        if not isinstance(text, str):
-            raise TypeError(f"Input {first + index} is a {type(text).__name__}; expected str.")
+    rows = prepare(model.tokenizer, job.form, groups, first, model.spec.model.vocab_size, words=job.sparse is not None)
     texts = [text for group in groups for text in group]
-    rows = prompts.prepare(model.tokenizer, job.form, texts)
     counts = [len(group) * len(job.form.templates) for group in groups]
     owner = np.repeat(np.arange(len(groups)), counts)  # the input of each row
     check_rows(model, rows.ids, owner + first)
@@ -160,29 +163,31 @@ def run_window(model: Loaded, job: Job, inputs: list[Input], first: int, advance
     def place(indices: list[int]) -> None:
         nonlocal vectors
         given = [rows.ids[i] for i in indices], [rows.spans[i] for i in indices], [shared[i] for i in indices]
-        made, states = run_batch(model, job, *given)
+        made, states, seconds = run_batch(model, job, *given)
         if not bool(torch.isfinite(made).all()):
             bad = owner[indices[int((~torch.isfinite(made).all(1)).nonzero()[0])]]
             raise ValueError(f"Input {first + bad} gives a vector with NaN or infinite values in {model.dtype}; try dtype='float32'.")
         if job.sparse is not None:
-            sparse.update(zip(indices, job.sparse(made, [texts[i] for i in indices]), strict=True))
+            sparse.update(zip(indices, job.sparse(made, [str(texts[i]) for i in indices]), strict=True))
             made = made[:, :0]
         if vectors is None:
             vectors = torch.empty((len(rows.ids), made.shape[1]), dtype=torch.float32, device="cpu")
         vectors[indices] = made
         for i, state in zip(indices, states, strict=False):
             token_states[i] = state
-        count(indices)
+        count(indices, seconds)
 
-    def count(indices: list[int]) -> None:
+    def count(indices: list[int], seconds: float = 0.0) -> None:
         lasts = sum(bool(i + 1 == len(owner) or owner[i + 1] != owner[i]) for i in indices)  # an input counts with its last row
+        tokens = sum(len(rows.ids[i]) for i in indices)
+        saved = sum(shared[i][1] for i in indices if i not in twins)
+        add(Stats(lasts, tokens, prefix_tokens=saved, duplicates=sum(i in twins for i in indices), busy=seconds))
+
+    def add(more: Stats) -> None:
         with model.lock:
-            model.stats.texts += lasts
-            model.stats.tokens += sum(len(rows.ids[i]) for i in indices)
-            model.stats.prefix_tokens += sum(shared[i][1] for i in indices if i not in twins)
-            model.stats.duplicates += sum(i in twins for i in indices)
+            model.stats.add(more)
         if advance is not None:
-            advance(lasts)
+            advance(more)
 
     alone = [i for i in range(len(rows.ids)) if i not in twins]
     lengths = [len(rows.ids[i]) - shared[i][1] for i in alone]
@@ -200,9 +205,7 @@ def run_window(model: Loaded, job: Job, inputs: list[Input], first: int, advance
     count(list(twins))
     # variants of a text are texts to the templates, so that either is told by the index of its input
     cut, repaired = ({int(owner[row * len(job.form.templates)]) for row in found} for found in (rows.truncated, rows.replaced))
-    with model.lock:
-        model.stats.truncated += len(cut)
-        model.stats.replaced += len(repaired)
+    add(Stats(truncated=len(cut), replaced=len(repaired)))
     in_order = [sparse[i] for i in sorted(sparse)]
     finished = finish(vectors, counts, job, normalize=model.spec.normalize)
     return Window(finished, len(inputs), rows.ids, token_states, in_order, len(cut), len(repaired))
@@ -254,12 +257,14 @@ def finish(vectors: Tensor, counts: list[int], job: Job, *, normalize: bool) -> 
 
 def run_batch(
     model: Loaded, job: Job, ids: list[np.ndarray], spans: list[tuple[int, int]], shared: list[tuple[np.ndarray, int]]
-) -> tuple[Tensor, list[Tensor]]:
-    """Stations 4 to 6 for one batch: vectors [n, dim] or logits [n, V], float32 on the CPU; token states if the job asks for them.
+) -> tuple[Tensor, list[Tensor], float]:
+    """Stations 4 to 6 for one batch: vectors [n, dim] or logits [n, V], float32 on the CPU; token states if the job asks for them; and
+    the seconds it took the device, without the wait for it.
 
     `shared` is what each text begins with, and how many of its tokens are taken from the prefixes that were run before.
     """
     with device_of(model):
+        start = time.perf_counter()
         if job.sparse is not None:
             spans = [(0, len(each)) for each in ids]
         before = [count for _, count in shared]
@@ -274,7 +279,7 @@ def run_batch(
         make = heads.logits if job.sparse is not None else partial(heads.pool, spec=model.spec)
         vectors = make(hidden, weights=model.weights, batch=batch if kept is None else kept.batch, ops=model.ops)
         states = heads.token_vectors(hidden, model.weights, batch, model.ops) if job.tokens else []
-        return vectors.cpu(), states
+        return vectors.cpu(), states, time.perf_counter() - start
 
 
 def prefix_of(model: Loaded, ids: np.ndarray) -> Run:
@@ -290,9 +295,7 @@ def prefix_of(model: Loaded, ids: np.ndarray) -> Run:
     return model.prefixes.get(ids, make)
 
 
-def halving(
-    work: Callable[[list[int]], None], indices: list[int], device: torch.device, failed: Callable[[list[int]], None]
-) -> None:
+def halving(work: Callable[[list[int]], None], indices: list[int], device: torch.device, failed: Callable[[list[int]], None]) -> None:
     """Do `work`, in halves where memory runs out, which `failed` is told. One text that does not fit is an error that says so."""
     try:
         work(indices)

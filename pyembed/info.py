@@ -13,6 +13,7 @@ from pyembed.engine import Loaded
 from pyembed.families import ALIASES, FAMILIES
 from pyembed.ops import Ops
 from pyembed.options import check_dtype, choose_device, choose_recipe, default_length, native_dtype, tokenizer_of
+from pyembed.prefix import obstacle
 from pyembed.probes import PROBE, check_ids
 from pyembed.recipes import METHODS, RECIPES
 from pyembed.tensorfile import FLOATS, open_safetensors
@@ -35,15 +36,24 @@ def supported() -> str:
 
 
 def summary(model: str, family: str, loaded: Loaded, dim: int, limit: int | None, found: stack.Stack) -> str:
-    """repr of an Encoder: the model's shape and recipe; adapters; device, mask, pooling; vector, length, kernels."""
+    """repr of an Encoder: the model's shape and recipe; adapters; device, mask, pooling; vector, length, kernels, cache."""
     spec, config = loaded.spec, loaded.spec.model
     merged = f"  merged=[{', '.join(map(stack.label, found.adapters))}] into {found.base},\n" if found.adapters else ""
     task = f"  adapter={loaded.adapter} of {', '.join(found.tasks)},\n" if found.tasks else ""
     return (
         f"Encoder({model!r}, {family}, {config.num_layers} layers, recipe={spec.recipe.name or None},\n{merged}{task}"
         f"  device={loaded.device}, dtype={str(loaded.dtype).removeprefix('torch.')}, mask={mask(config)}, {heads.describe(spec)},\n"
-        f"  dim={dim}, max_seq_length={limit}, backend={kernels(loaded.ops)})"
+        f"  dim={dim}, max_seq_length={limit}, backend={kernels(loaded.ops)}, prompt cache {cache(loaded)})"
     )
+
+
+def cache(loaded: Loaded) -> str:
+    """How full the cache of prompts is, or why there is none."""
+    if loaded.prefixes is None:
+        why = obstacle(loaded.spec)
+        return f"none ({why})" if why else "off"
+    used, room = (each / 2**20 for each in (loaded.prefixes.bytes, loaded.prefixes.limit))
+    return f"{used:{'.0f' if used >= 10 or not used else '.2g'}} of {room:{'.0f' if room >= 10 else '.2g'}} MiB"
 
 
 def describe(args: argparse.Namespace) -> str:

@@ -10,12 +10,14 @@ from typing import Any, cast, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pyembed.checkpoint import SIMILARITIES
 from pyembed.config import ModelSpec, Output, Recipe, Template
 from pyembed.engine import Wordings
 from pyembed.ops import POOL_MODES, PoolMode
 from pyembed.recipes import NO_RECIPE, methods, overlaid, recipe_of_id, recipes
+from pyembed.rows import Text
 from pyembed.tokenizer import Tokenizer
 from pyembed.tokenizer import load as load_tokenizer
 
@@ -184,8 +186,17 @@ def default_length(spec: ModelSpec, tokenizer: Tokenizer) -> int | None:
     return limit if spec.model.position_offset is None else min(limit, spec.model.max_positions)
 
 
-def as_texts(inputs: Any) -> tuple[bool, Iterable[str]]:
-    """Whether it is one text, and the texts: a list where their number is known, else the iterator itself."""
+def as_texts(inputs: Any) -> tuple[bool, Iterable[Text]]:
+    """Whether it is one text, and the texts: a list where their number is known, else the iterator itself. A text may be token ids."""
+    if isinstance(inputs, Tensor):
+        inputs = inputs.cpu()
+    if isinstance(inputs, Tensor) or (isinstance(inputs, np.ndarray) and inputs.dtype.kind in "biufc"):
+        if inputs.ndim != 2:
+            raise TypeError(
+                f"inputs is a {type(inputs).__name__} of numbers, shape {tuple(inputs.shape)}; expected texts, or token ids with a row for "
+                "each text. The ids of one text are passed as a list of one, encode([ids])."
+            )
+        return False, list(inputs)
     if isinstance(inputs, np.ndarray):
         inputs = inputs.tolist()  # a str where it has no dimension
     if isinstance(inputs, str):
@@ -197,7 +208,12 @@ def as_texts(inputs: Any) -> tuple[bool, Iterable[str]]:
     return False, inputs
 
 
-def with_variants(texts: Iterable[str], variants: Iterable[Iterable[str]]) -> Iterator[Wordings]:
+def known(texts: Iterable[Text]) -> int | None:
+    """How many texts there are; None for an iterator."""
+    return len(texts) if isinstance(texts, Sequence) else None
+
+
+def with_variants(texts: Iterable[Text], variants: Iterable[Iterable[str]]) -> Iterator[Wordings]:
     """Each text together with its variants. ValueError where their numbers differ, TypeError for what is no list of str."""
     if isinstance(variants, str) or not isinstance(variants, Iterable):
         raise TypeError(f"variants is {variants!r}; expected a list of other wordings for each text.")
@@ -208,7 +224,9 @@ def with_variants(texts: Iterable[str], variants: Iterable[Iterable[str]]) -> It
         listed = None if isinstance(others, str) or not isinstance(others, Iterable) else tuple(others)
         if listed is None or not all(isinstance(each, str) for each in listed):
             raise TypeError(f"variants of text {index} are {others if listed is None else list(listed)!r}; expected a list of str.")
-        yield Wordings((cast(str, text), *listed))
+        if not isinstance(text, str):
+            raise TypeError(f"Input {index} is a {type(text).__name__}; with variants expected a str.")
+        yield Wordings((text, *listed))
 
 
 def check_place(model: object, adapters: object, adapter: object) -> None:

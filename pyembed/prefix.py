@@ -54,7 +54,7 @@ class PrefixCache:
 
     @property
     def bytes(self) -> int:
-        return sum(run.bytes for run in self.runs.values())
+        return sum(run.bytes for run in list(self.runs.values()))  # a copy: another thread may be adding one
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,22 @@ class Prefixes:
 
 
 def shareable(spec: ModelSpec) -> bool:
-    """Whether texts may share a beginning: causal, positions that do not depend on a text's length, and not pooled at the first token."""
+    """Whether texts may share a beginning."""
+    return not obstacle(spec)
+
+
+def obstacle(spec: ModelSpec) -> str:
+    """Why a model's texts cannot share a beginning; "" where they can."""
     config = spec.model
-    fixed = all(rope.kind not in ("dynamic", "longrope") for rope in config.ropes)
-    return config.causal and fixed and config.position_pad is None and config.per_layer_dim is None and spec.pooling.modes != ("cls",)
+    if not config.causal:
+        return "bidirectional"
+    if config.position_pad is not None:
+        return "positions pass over padding"
+    if any(rope.kind in ("dynamic", "longrope") for rope in config.ropes):
+        return "positions depend on a text's length"
+    if config.per_layer_dim is not None:
+        return "embeddings in every layer"
+    return "pooled at the first token" if spec.pooling.modes == ("cls",) else ""
 
 
 def shared_tokens(ids: np.ndarray, head: np.ndarray) -> int:

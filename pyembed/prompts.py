@@ -26,6 +26,12 @@ class Form:
     examples: str
     include_prompt: bool
     max_length: int | None
+    asked: bool = False  # by the call itself, not by the model's default
+
+    @property
+    def narrow(self) -> bool:
+        """Whether pooling may read less than a text's tokens."""
+        return not self.include_prompt or any(each.read or each.last or each.after for each in self.templates)
 
 
 @dataclass(slots=True)
@@ -60,7 +66,8 @@ def form_of(
         written = "".join(templates[0].parts)
         raise ValueError(f"The prompt {text!r} has no place in this model's template, {written!r}; give prompt='' to leave it out.")
     shown = fill_examples(templates[0], examples, spec.recipe.instruction)
-    return Form(templates, text, shown, spec.pooling.include_prompt, max_length)
+    asked = bool(examples) or prompt_name in of_recipe or (bool(text) and (prompt is not None or prompt_name is not None))
+    return Form(templates, text, shown, spec.pooling.include_prompt, max_length, asked)
 
 
 def resolve(prompts: Mapping[str, str], default: str | None, prompt: str | None, prompt_name: str | None) -> str:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
-from pyembed import engine, prompts
-from pyembed.options import check_kind, check_positive
+import numpy as np
+
+from pyembed import engine, prompts, quantize
+from pyembed.options import as_texts, check_kind, check_positive
 from pyembed.prompts import Example
+from pyembed.quantize import Array, Precision
+from pyembed.results import Stored, report
 
 if TYPE_CHECKING:
     from pyembed.encoder import Encoder
@@ -46,10 +51,73 @@ def job(
     asked = form(encoder, prompt=prompt, prompt_name=prompt_name, examples=examples, max_length=encoder.max_seq_length)
     return engine.Job(
         form=asked,
-        narrow=any(template.read or template.last or template.after for template in asked.templates),
+        narrow=asked.narrow,
         budget=encoder._arguments["tokens_per_batch"] or engine.TOKENS_PER_BATCH[encoder.device.type],
         max_texts=batch_size,
         dim=dim,
         normalize=normalize,
         tokens=tokens,
     )
+
+
+def check_kinds(output_value: object, precision: str, *several: object) -> None:
+    """ValueError for a kind of result that there is not, and for `several` devices."""
+    if any(each is not None for each in several):
+        raise ValueError("Encoding on several devices (pool=, chunk_size=, a list of devices) is not supported; pass one device.")
+    quantize.check_precision(precision)
+    if output_value not in ("sentence_embedding", "token_embeddings", None):
+        raise ValueError(f"output_value is {output_value!r}; expected 'sentence_embedding', 'token_embeddings' or None.")
+
+
+def check_tokens(output_value: object, job: engine.Job, *, variants: bool, out: Any) -> None:
+    """ValueError where tokens are asked for of what has none, or no place for them."""
+    if job.tokens and (variants or len(job.form.templates) > 1):
+        raise ValueError(f"output_value={output_value!r} gives one text's tokens; with variants or several templates there are more.")
+    if job.tokens and out is not None:
+        raise ValueError(f"output_value={output_value!r} gives results of different lengths; out= takes sentence embeddings.")
+
+
+def width(encoder: Encoder, job: engine.Job) -> int:
+    """Dimensions of the vectors that a job gives."""
+    full = encoder.spec.full_dim
+    return full if job.dim is None else min(full, int(job.dim))
+
+
+def storing(
+    encoder: Encoder, job: engine.Job, precision: Precision, ranges: Array | None, *, variants: bool = False, at_once: bool = False
+) -> Stored | None:
+    """What turns a job's float32 vectors into `precision`; None where they stay as they are.
+
+    ValueError for int8 and uint8 without ranges, unless the vectors are int8 numbers or come all `at_once`.
+    """
+    quantize.check_precision(precision)
+    if precision == "float32":
+        return None
+    integers = encoder.spec.integers and not job.normalize and not variants and len(job.form.templates) == 1
+    if precision in ("int8", "uint8") and ranges is None and not at_once and not (integers and precision == "int8"):
+        raise ValueError(
+            f"precision {precision!r} needs ranges= when vectors are handed out as they come (stream, out=): each dimension's range over "
+            "all of them is not known."
+        )
+    return partial(quantize.quantize, precision=precision, ranges=ranges, integers=integers)
+
+
+def token_ids(
+    encoder: Encoder, texts: Any, *, prompt: str | None, prompt_name: str | None, examples: Sequence[Example]
+) -> list[np.ndarray]:
+    """What Encoder.token_ids returns."""
+    engine.check_process(encoder._loaded)
+    check_kind("prompt", prompt, str)
+    single, given = as_texts(texts)
+    if single:
+        raise TypeError("token_ids takes several texts; one is passed as a list of one.")
+    listed = list(given)
+    for index, text in enumerate(listed):
+        if not isinstance(text, str):
+            raise TypeError(f"Input {index} is a {type(text).__name__}; expected str.")
+    asked = form(encoder, prompt=prompt, prompt_name=prompt_name, examples=examples, max_length=encoder.max_seq_length)
+    if len(asked.templates) > 1:
+        raise ValueError(f"This model puts a text into {len(asked.templates)} templates, so there is no one row of ids for it; give texts.")
+    rows = prompts.prepare(encoder.tokenizer, asked, cast(list[str], listed))
+    report(len(rows.truncated), len(rows.replaced), len(listed), encoder.max_seq_length)
+    return rows.ids

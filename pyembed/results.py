@@ -3,30 +3,71 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyembed import quantize
-from pyembed.engine import Window
+from pyembed import engine
+from pyembed.engine import Stats, Window
 from pyembed.quantize import Array, Precision
 
 logger = logging.getLogger("pyembed")
+Stored = Callable[[Array], Array]  # vectors [n, dim] float32 in fewer bits
+INTEGERS: dict[Precision, str] = {"int8": "int8", "uint8": "uint8", "binary": "int8", "ubinary": "uint8"}
 
 
-def progress(show: bool | None, texts: Iterable[Any]) -> Any:
-    """A bar that counts texts, or a context that does nothing; None shows it when the logger "pyembed" is at INFO or DEBUG."""
+@contextmanager
+def running(
+    model: engine.Loaded, job: engine.Job, inputs: Iterable[engine.Input], show: bool | None, total: int | None, limit: int | None
+) -> Iterator[Iterator[Window]]:
+    """The engine's windows under a progress bar; at the end it is told how many texts were cut to `limit` tokens or repaired."""
+    with progress(show, total) as advance:
+        yield reported(engine.run(model, job, inputs, advance), limit)
+
+
+@contextmanager
+def progress(show: bool | None, total: int | None, *, devices: int = 1) -> Iterator[Callable[[Stats], None] | None]:
+    """A bar on stderr that is told what is done, of `total` texts where that is known, on so many devices.
+
+    Without a bar there is nothing to tell: None. `show` None shows it when the logger "pyembed" is at INFO or DEBUG.
+    """
     if show is None:
         show = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
     if not show:
-        return nullcontext()
+        yield None
+        return
     from tqdm.auto import tqdm
 
-    return tqdm(total=len(texts) if isinstance(texts, Sequence) else None, unit=" texts", desc="Encoding")
+    done, start = Stats(), time.perf_counter()
+    with tqdm(total=total, unit=" texts", desc="Encoding", dynamic_ncols=True) as bar:
+
+        def advance(more: Stats) -> None:
+            done.add(more)
+            bar.set_postfix_str(told(done, time.perf_counter() - start, devices), refresh=False)  # drawn when tqdm next draws
+            bar.update(more.texts)
+
+        yield advance
+
+
+def told(done: Stats, seconds: float, devices: int = 1) -> str:
+    """Beside a bar: tokens a second, the share of the time that the devices computed, and what was saved or cut, if anything."""
+    counts = {"tokens saved": done.prefix_tokens, "duplicates": done.duplicates, "cut": done.truncated}
+    shown = [f"{short(done.tokens / seconds)} tokens/s", f"{done.busy / seconds / devices:4.0%} busy"]
+    return ", ".join([*shown, *(f"{short(count)} {what}" for what, count in counts.items() if count)])
+
+
+def short(number: float) -> str:
+    """Three digits and a unit, in five columns."""
+    thousands = 0
+    while number >= 999.5 and thousands < 4:
+        number, thousands = number / 1000, thousands + 1
+    digits = 0 if not thousands or number >= 99.95 else 1 if number >= 9.995 else 2
+    return f"{number:.{digits}f}{('', 'k', 'M', 'G', 'T')[thousands]}".rjust(5)
 
 
 def reported(results: Iterable[Window], max_seq_length: int | None) -> Iterator[Window]:
@@ -35,27 +76,90 @@ def reported(results: Iterable[Window], max_seq_length: int | None) -> Iterator[
     for window in results:
         truncated, replaced, count = truncated + window.truncated, replaced + window.replaced, count + window.texts
         yield window
+    report(truncated, replaced, count, max_seq_length)
+
+
+def report(truncated: int, replaced: int, count: int, max_seq_length: int | None) -> None:
     if truncated:
         logger.warning("%d of %d texts were cut to %s tokens (max_seq_length).", truncated, count, max_seq_length)
     if replaced:
         logger.warning("%d of %d texts held lone surrogates, which became U+FFFD.", replaced, count)
 
 
-def collect(results: Iterable[Window], count: int | None, device: torch.device, *, on_device: bool) -> Tensor:
-    """All vectors [N, dim]; written into one array as they come where their number is known."""
-    target = device if on_device else torch.device("cpu")
-    out, parts, filled = None, [], 0
-    for window in results:
-        if count is None:
-            parts.append(window.vectors.to(target))
-            continue
-        if out is None:
-            out = torch.empty((count, window.vectors.shape[1]), dtype=torch.float32, device=target)
-        out[filled : filled + len(window.vectors)] = window.vectors
-        filled += len(window.vectors)
+def streamed(
+    model: engine.Loaded,
+    job: engine.Job,
+    inputs: Iterable[engine.Input],
+    show: bool | None,
+    total: int | None,
+    limit: int | None,
+    stored: Stored | None,
+) -> Iterator[Array]:
+    """One vector at a time."""
+    with running(model, job, inputs, show, total, limit) as windows:
+        for window in windows:
+            vectors = window.vectors.numpy()
+            yield from vectors if stored is None else stored(vectors)
+
+
+def collect(results: Iterable[Window], count: int | None, width: int, device: torch.device) -> Tensor:
+    """All vectors [N, width] float32; written into one array as they come where their number is known."""
     if count is None:
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float32, device=target)
-    return torch.empty(0, dtype=torch.float32, device=target) if out is None else out
+        parts = [window.vectors.to(device) for window in results]
+        return torch.cat(parts) if parts else torch.empty((0, width), dtype=torch.float32, device=device)
+    made = torch.empty((count, width), dtype=torch.float32, device=device)
+    fill(results, made, None)
+    return made
+
+
+def into(results: Iterable[Window], out: Any, stored: Stored | None) -> Any:
+    """`out`, which check_out has let pass, filled with the vectors; its first rows where it has more."""
+    filled = fill(results, out[None] if out.ndim == 1 else out, stored)
+    return out if out.ndim == 1 or filled == len(out) else out[:filled]
+
+
+def fill(results: Iterable[Window], rows: Any, stored: Stored | None) -> int:
+    """Write vectors into rows [n, width], window by window as they come, and return their number. ValueError where they are too many,
+    or where the rows' dtype cannot hold a value; what was written stays."""
+    kind = str(rows.dtype).removeprefix("torch.")
+    filled = 0
+    for window in results:
+        vectors = window.vectors[: len(rows) - filled]
+        part = vectors if stored is None else torch.from_numpy(stored(vectors.numpy()))
+        part = part.to(getattr(torch, kind))
+        if part.is_floating_point() and not bool((finite := torch.isfinite(part)).all()):
+            row, place = map(int, (~finite).nonzero()[0])
+            raise ValueError(
+                f"Input {filled + row} gives a vector with {vectors[row, place]:g} in it, which {kind} cannot hold; give a float32 out."
+            )
+        with torch.inference_mode():
+            rows[filled : filled + len(part)] = part if isinstance(rows, Tensor) else part.numpy()
+        filled += len(part)
+        if len(part) < window.texts:
+            raise ValueError(f"out has {len(rows)} rows, but there are more inputs; the rows are written. Give an out with more.")
+    return filled
+
+
+def check_out(out: Any, count: int | None, width: int, precision: Precision, *, single: bool, to_tensor: bool) -> None:
+    """TypeError or ValueError unless the vectors of `count` texts (None: unknown) can be written into `out`."""
+    floats = ("float32", "float16", "bfloat16") if isinstance(out, Tensor) else ("float32", "float16")
+    kinds = floats if precision == "float32" else (INTEGERS[precision],)
+    width = -(-width // 8) if precision in ("binary", "ubinary") else width
+    shape = f"({width},) or (1, {width})" if single else f"({'n' if count is None else count}{' or more' if count else ''}, {width})"
+    if not isinstance(out, np.ndarray | Tensor):
+        raise TypeError(f"out is a {type(out).__name__}; expected a numpy array or a torch tensor of shape {shape}.")
+    if to_tensor and not isinstance(out, Tensor):
+        raise ValueError("convert_to_tensor=True was given with a numpy out, which is what is returned; leave one of them out.")
+    if str(out.dtype).removeprefix("torch.") not in kinds:
+        raise ValueError(f"out holds {out.dtype}; for precision {precision!r} expected {' or '.join(kinds)}.")
+    fits = tuple(out.shape) in ((width,), (1, width)) if single else out.ndim == 2 and out.shape[1] == width and len(out) >= (count or 0)
+    if not fits:
+        raise ValueError(f"out has the shape {tuple(out.shape)}; expected {shape}.")
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError("out is read-only; expected an array that can be written (a memmap: mode 'r+' or 'w+').")
+    strides = out.stride() if isinstance(out, Tensor) else out.strides
+    if any(stride == 0 and size > 1 for stride, size in zip(strides, out.shape, strict=True)):
+        raise ValueError("out is a broadcast view, whose rows or columns share their memory; expected an array of its own.")
 
 
 def features(ids: np.ndarray, states: Tensor, vector: Tensor) -> dict[str, Tensor]:
@@ -64,16 +168,23 @@ def features(ids: np.ndarray, states: Tensor, vector: Tensor) -> dict[str, Tenso
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "token_embeddings": states, "sentence_embedding": vector}
 
 
-def shaped(
-    vectors: Tensor, single: bool, precision: Precision, ranges: Array | None, integers: bool, *, to_numpy: bool, to_tensor: bool
-) -> Any:
-    """[N, dim] float32 as array, tensor or list of tensors, in the precision asked for; one text's row alone when `single`."""
+def per_token(results: Iterable[Window], *, everything: bool) -> list[Any]:
+    """Each text's token states, or all of its features."""
+    found: list[Any] = []
+    for window in results:
+        for ids, states, vector in zip(window.ids, window.states, window.vectors, strict=True):
+            found.append(features(ids, states, vector) if everything else states)
+    return found
+
+
+def shaped(vectors: Tensor, stored: Stored | None, *, single: bool, to_numpy: bool, to_tensor: bool) -> Any:
+    """[N, dim] float32 as array, tensor or list of tensors, `stored` in fewer bits; one text's row alone when `single`."""
     if len(vectors) == 0 and not single:
         return vectors[:0].flatten() if to_tensor else np.array([]) if to_numpy else []
-    if precision == "float32":
+    if stored is None:
         out: Any = vectors if to_tensor or not to_numpy else vectors.numpy()
     else:
-        quantized = quantize.quantize(vectors.cpu().numpy(), precision, ranges, integers=integers)
+        quantized = stored(vectors.cpu().numpy())
         out = quantized if to_numpy and not to_tensor else torch.from_numpy(quantized)
     if not (to_numpy or to_tensor):
         out = list(out)

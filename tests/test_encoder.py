@@ -250,9 +250,9 @@ def test_a_vector_that_is_not_finite_names_its_input(minilm):
 @pytest.mark.parametrize(
     ("arguments", "error", "sentence"),
     [
-        ({"inputs": [1, 2]}, TypeError, "Input 0 is a int; expected str"),
+        ({"inputs": [1, 2]}, TypeError, r"Input 0 is a int; expected a text \(str\) or its token ids .* encode\(\[ids\]\)"),
         ({"inputs": ["a", None]}, TypeError, "Input 1 is a NoneType"),
-        ({"inputs": ["a", ["b"]]}, TypeError, "Input 1 is a list"),
+        ({"inputs": ["a", ["b"]]}, TypeError, "Input 1 is a list with a str in it"),
         ({"inputs": 3}, TypeError, "inputs is a int"),
         ({"inputs": b"bytes"}, TypeError, "inputs is a bytes"),
         ({"inputs": None}, TypeError, "inputs is a NoneType"),
