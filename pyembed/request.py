@@ -119,5 +119,5 @@ def token_ids(
     if len(asked.templates) > 1:
         raise ValueError(f"This model puts a text into {len(asked.templates)} templates, so there is no one row of ids for it; give texts.")
     rows = prompts.prepare(encoder.tokenizer, asked, cast(list[str], listed))
-    report(len(rows.truncated), len(rows.replaced), len(listed), encoder.max_seq_length)
+    report(engine.Stats(len(listed), truncated=len(rows.truncated), replaced=len(rows.replaced)), encoder.max_seq_length)
     return rows.ids

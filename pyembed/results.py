@@ -25,9 +25,17 @@ INTEGERS: dict[Precision, str] = {"int8": "int8", "uint8": "uint8", "binary": "i
 def running(
     model: engine.Loaded, job: engine.Job, inputs: Iterable[engine.Input], show: bool | None, total: int | None, limit: int | None
 ) -> Iterator[Iterator[Window]]:
-    """The engine's windows under a progress bar; at the end it is told how many texts were cut to `limit` tokens or repaired."""
+    """The engine's windows under a progress bar; after them it is told how many texts were cut to `limit` tokens or repaired."""
+    seen = Stats()
+
+    def counted(windows: Iterable[Window]) -> Iterator[Window]:
+        for window in windows:
+            seen.add(Stats(window.texts, truncated=window.truncated, replaced=window.replaced))
+            yield window
+
     with progress(show, total) as advance:
-        yield reported(engine.run(model, job, inputs, advance), limit)
+        yield counted(engine.run(model, job, inputs, advance))
+    report(seen, limit)
 
 
 @contextmanager
@@ -55,9 +63,11 @@ def progress(show: bool | None, total: int | None, *, devices: int = 1) -> Itera
 
 
 def told(done: Stats, seconds: float, devices: int = 1) -> str:
-    """Beside a bar: tokens a second, the share of the time that the devices computed, and what was saved or cut, if anything."""
-    counts = {"tokens saved": done.prefix_tokens, "duplicates": done.duplicates, "cut": done.truncated}
-    shown = [f"{short(done.tokens / seconds)} tokens/s", f"{done.busy / seconds / devices:4.0%} busy"]
+    """Beside a bar: tokens a second, the share of the time that the devices computed, and, if there are any, prompt tokens taken from the
+    cache, duplicates, and texts that were cut.
+    """
+    counts = {"reused": done.prefix_tokens, "dup": done.duplicates, "cut": done.truncated}
+    shown = [f"{short(done.tokens / seconds)} tok/s", f"{done.busy / seconds / devices:4.0%} busy"]
     return ", ".join([*shown, *(f"{short(count)} {what}" for what, count in counts.items() if count)])
 
 
@@ -70,20 +80,12 @@ def short(number: float) -> str:
     return f"{number:.{digits}f}{('', 'k', 'M', 'G', 'T')[thousands]}".rjust(5)
 
 
-def reported(results: Iterable[Window], max_seq_length: int | None) -> Iterator[Window]:
-    """Pass results on; at the end say how many texts of this call were cut or repaired."""
-    truncated = replaced = count = 0
-    for window in results:
-        truncated, replaced, count = truncated + window.truncated, replaced + window.replaced, count + window.texts
-        yield window
-    report(truncated, replaced, count, max_seq_length)
-
-
-def report(truncated: int, replaced: int, count: int, max_seq_length: int | None) -> None:
-    if truncated:
-        logger.warning("%d of %d texts were cut to %s tokens (max_seq_length).", truncated, count, max_seq_length)
-    if replaced:
-        logger.warning("%d of %d texts held lone surrogates, which became U+FFFD.", replaced, count)
+def report(done: Stats, limit: int | None) -> None:
+    """Tell of texts that were cut or repaired."""
+    if done.truncated:
+        logger.warning("%d of %d texts were cut to %s tokens (max_seq_length).", done.truncated, done.texts, limit)
+    if done.replaced:
+        logger.warning("%d of %d texts held lone surrogates, which became U+FFFD.", done.replaced, done.texts)
 
 
 def streamed(
@@ -158,7 +160,7 @@ def check_out(out: Any, count: int | None, width: int, precision: Precision, *, 
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only; expected an array that can be written (a memmap: mode 'r+' or 'w+').")
     strides = out.stride() if isinstance(out, Tensor) else out.strides
-    if any(stride == 0 and size > 1 for stride, size in zip(strides, out.shape, strict=True)):
+    if 0 not in out.shape and any(stride == 0 and size > 1 for stride, size in zip(strides, out.shape, strict=True)):
         raise ValueError("out is a broadcast view, whose rows or columns share their memory; expected an array of its own.")
 
 
