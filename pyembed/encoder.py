@@ -16,6 +16,7 @@ from torch import Tensor
 from pyembed import engine, prompts, quantize, request, sparse, stack
 from pyembed.config import ModelSpec, Output, Template
 from pyembed.info import summary
+from pyembed.job import Input, Job, Stats
 from pyembed.loading import add_vocabulary, load
 from pyembed.options import (
     as_texts,
@@ -32,7 +33,8 @@ from pyembed.options import (
 from pyembed.prompts import Example
 from pyembed.quantize import Array, Precision
 from pyembed.recipes import recipes
-from pyembed.results import collect, features, progress, reported, shaped
+from pyembed.results import advance_of, collect, features, progress, reported, shaped
+from pyembed.runner import Loaded
 from pyembed.tokenizer import Tokenizer
 
 
@@ -122,7 +124,13 @@ class Encoder:
     def _load(self, device: torch.device, dtype: torch.dtype | None, adapter: str | None) -> None:
         """Read the weights; then they serve the calls that follow."""
         given = (self._stack, self._spec, self._family, self.tokenizer, device, dtype)
-        self._loaded = load(*given, adapter=adapter, settings=self._arguments)
+        self._engine = engine.local(load(*given, adapter=adapter, settings=self._arguments), self.tokenizer)
+
+    @property
+    def _loaded(self) -> Loaded:
+        """The model in this process."""
+        assert self._engine.local is not None
+        return self._engine.local
 
     def set_adapter(self, name: str | None) -> None:
         """Load the weights again with the adapter `name` merged, one of `adapter_names`; None: without any.
@@ -147,15 +155,15 @@ class Encoder:
     @property
     def adapter(self) -> str | None:
         """The one of `adapter_names` that is merged."""
-        return self._loaded.adapter
+        return self._engine.adapter
 
     @property
     def device(self) -> torch.device:
-        return self._loaded.device
+        return self._engine.devices[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._loaded.dtype
+        return self._engine.dtype
 
     @property
     def spec(self) -> ModelSpec:
@@ -163,9 +171,9 @@ class Encoder:
         return self._spec
 
     @property
-    def stats(self) -> engine.Stats:
+    def stats(self) -> Stats:
         """Counts of texts, tokens, truncated texts and replaced surrogates since loading."""
-        return replace(self._loaded.stats)
+        return replace(self._engine.stats)
 
     @property
     def dim(self) -> int:
@@ -264,9 +272,9 @@ class Encoder:
         )
         if job.tokens and (variants is not None or len(job.form.templates) > 1):
             raise ValueError(f"output_value={output_value!r} gives one text's tokens; with variants or several templates there are more.")
-        rows: Iterable[engine.Input] = texts if variants is None else with_variants(texts, [variants] if single else variants)
+        rows: Iterable[Input] = texts if variants is None else with_variants(texts, [variants] if single else variants)
         with progress(show_progress_bar, texts) as bar:
-            results = reported(engine.run(self._loaded, job, rows, bar.update if bar else None), self.max_seq_length)
+            results = reported(engine.run(self._engine, job, rows, advance_of(bar)), self.max_seq_length)
             if output_value is not None and not job.tokens:
                 vectors = collect(results, len(texts) if isinstance(texts, Sequence) else None, self.device, on_device=convert_to_tensor)
                 integers = self._spec.integers and not job.normalize and variants is None and len(job.form.templates) == 1
@@ -316,9 +324,9 @@ class Encoder:
         job = request.job(self, prompt=prompt, prompt_name=prompt_name, batch_size=batch_size)
         job = replace(job, sparse=sparse.maker(self._spec, self.tokenizer, words, expand))
         with self._reloading:
-            loaded = add_vocabulary(self._loaded, self._stack, self._family)
+            add_vocabulary(self._loaded, self._stack, self._family)
         with progress(show_progress_bar, texts) as bar:
-            windows = reported(engine.run(loaded, job, texts, bar.update if bar else None), self.max_seq_length)
+            windows = reported(engine.run(self._engine, job, texts, advance_of(bar)), self.max_seq_length)
             rows = [row for window in windows for row in window.sparse]
         made = sparse.as_dicts(rows, self.tokenizer) if as_dict else sparse.as_tensor(rows, self._spec.model.vocab_size)
         return made[0] if single else made
@@ -359,11 +367,9 @@ class Encoder:
         )
         return self._stream(texts, job, precision, ranges, show_progress_bar)
 
-    def _stream(
-        self, texts: Iterable[str], job: engine.Job, precision: Precision, ranges: Array | None, show: bool | None
-    ) -> Iterator[Array]:
+    def _stream(self, texts: Iterable[str], job: Job, precision: Precision, ranges: Array | None, show: bool | None) -> Iterator[Array]:
         with progress(show, texts) as bar:
-            for window in reported(engine.run(self._loaded, job, texts, bar.update if bar else None), self.max_seq_length):
+            for window in reported(engine.run(self._engine, job, texts, advance_of(bar)), self.max_seq_length):
                 yield from quantize.quantize(window.vectors.numpy(), precision, ranges, integers=self._spec.integers and not job.normalize)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pyembed import engine, prompts
+from pyembed.job import Job
 from pyembed.options import check_kind, check_positive
 from pyembed.prompts import Example
 
@@ -36,15 +37,15 @@ def job(
     normalize: bool = False,
     truncate_dim: int | None = None,
     tokens: bool = False,
-) -> engine.Job:
+) -> Job:
     """A call's job. Arguments as `Encoder.encode`; ValueError and TypeError for what cannot be meant."""
-    engine.check_process(encoder._loaded)
+    engine.check_process(encoder._engine)
     dim = encoder.truncate_dim if truncate_dim is None else truncate_dim
     check_positive("batch_size", batch_size)
     check_positive("truncate_dim", dim)
     check_kind("prompt", prompt, str)
     asked = form(encoder, prompt=prompt, prompt_name=prompt_name, examples=examples, max_length=encoder.max_seq_length)
-    return engine.Job(
+    return Job(
         form=asked,
         narrow=any(template.read or template.last or template.after for template in asked.templates),
         budget=encoder._arguments["tokens_per_batch"] or engine.TOKENS_PER_BATCH[encoder.device.type],

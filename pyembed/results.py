@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pyembed import quantize
-from pyembed.engine import Window
+from pyembed.job import Stats
 from pyembed.quantize import Array, Precision
+from pyembed.window import Window
 
 logger = logging.getLogger("pyembed")
 
@@ -27,6 +28,11 @@ def progress(show: bool | None, texts: Iterable[Any]) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(total=len(texts) if isinstance(texts, Sequence) else None, unit=" texts", desc="Encoding")
+
+
+def advance_of(bar: Any) -> Callable[[Stats], Any] | None:
+    """What the engine calls with each batch's counts."""
+    return None if bar is None else lambda done: bar.update(done.texts)
 
 
 def reported(results: Iterable[Window], max_seq_length: int | None) -> Iterator[Window]:
