@@ -28,7 +28,6 @@ WINDOW_CHARACTERS = 1 << 18
 AHEAD = 3  # windows under way: one that is run, one that waits, one that is prepared
 LOSSES = 3  # lanes that one text may end before it is an error
 POLL = 0.2  # seconds after which a waiting thread looks whether the process ends
-TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}  # CPU: `python bench/budget.py`, two Zen4 cores; CUDA: not measured
 
 Advance = Callable[[Stats], Any]
 
@@ -39,12 +38,12 @@ def local(model: Loaded, tokenizer: Tokenizer) -> Engine:
     def lane(reads: Reads, rows: Rows, stop: Stop) -> Made:
         return run_batch(model, reads, rows, stop)
 
-    reuses = model.prefixes is not None
-    return Engine(model.spec, tokenizer, (lane,), (model.device,), model.dtype, model.adapter, reuses, model)
+    budget, reuses = model.ops.budget(model.spec.model, model.dtype, model.device), model.prefixes is not None
+    return Engine(model.spec, tokenizer, (lane,), (model.device,), model.dtype, model.adapter, budget, reuses, model)
 
 
-def windows(inputs: Iterable[Input]) -> Iterator[tuple[list[Input], bool]]:
-    """Consecutive inputs in lists that end at WINDOW_TEXTS inputs or WINDOW_CHARACTERS characters, and whether there may be more.
+def windows(inputs: Iterable[Input], times: int = 1) -> Iterator[tuple[list[Input], bool]]:
+    """Consecutive inputs in lists that end at so many times WINDOW_TEXTS inputs or WINDOW_CHARACTERS, and whether there may be more.
 
     What the caller's iterator raises comes after the inputs that it gave before.
     """
@@ -55,7 +54,7 @@ def windows(inputs: Iterable[Input]) -> Iterator[tuple[list[Input], bool]]:
             window.append(each)
             # what is not a str is refused with its index later
             characters += sum(len(text) for text in wordings(each) if isinstance(text, str))
-            if len(window) == WINDOW_TEXTS or characters >= WINDOW_CHARACTERS:
+            if len(window) == WINDOW_TEXTS * times or characters >= WINDOW_CHARACTERS * times:
                 yield window, True
                 count += len(window)
                 window, characters = [], 0
@@ -84,7 +83,7 @@ def run(engine: Engine, job: Job, inputs: Iterable[Input], advance: Advance | No
     An exception comes after the results of the windows before it.
     """
     line = Line(engine, job, advance)
-    source, more, first, failure = windows(inputs), True, 0, None
+    source, more, first, failure = windows(inputs, job.budget.windows), True, 0, None
     under_way: deque[Ticket] = deque()
     try:
         while more or under_way:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyembed import prompts
 from pyembed.config import ModelSpec
+from pyembed.ops.budget import Budget
 from pyembed.runner import Loaded, Made, Reads, Rows, Stop
 from pyembed.sparse import SparseVector
 from pyembed.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ class Job:
     """What one call asks for."""
 
     form: prompts.Form  # what is put around the texts
-    budget: int  # tokens in a batch
+    budget: Budget  # of a batch
     max_texts: int | None  # texts in a batch
     dim: int | None  # cut vectors to this many dimensions
     normalize: bool  # L2 after the cut
@@ -77,6 +78,7 @@ class Engine:
     devices: tuple[torch.device, ...]  # of the lanes
     dtype: torch.dtype
     adapter: str | None
+    budget: Budget
     reuses: bool  # a prompt's states are kept, and texts that begin with it share them
     local: Loaded | None  # the model, where it is in this process
     fits: int | None = None  # tokens of a batch: half of the smallest that ran out of memory

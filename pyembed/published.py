@@ -85,6 +85,7 @@ class PublishedScores:
     def title(self) -> str:
         return f"cosines of inputs {self.inputs}"
 
+
 Number = PublishedVector | PublishedScores
 
 
@@ -228,6 +229,6 @@ def plain_vector(encoder: Encoder, want: PublishedVector) -> np.ndarray:
     pooling = Pooling((want.pooling,)) if want.foreign_pooling else model.spec.pooling
     model = replace(model, spec=replace(model.spec, pooling=pooling, normalize=want.normalized))
     form = replace(request.form(encoder, prompt="", max_length=encoder.max_seq_length), include_prompt=model.spec.pooling.include_prompt)
-    job = Job(form, engine.TOKENS_PER_BATCH[model.device.type], max_texts=None, dim=None, normalize=want.normalized)
-    (window,) = engine.run(engine.local(model, encoder.tokenizer), job, [want.text])
+    serving = engine.local(model, encoder.tokenizer)
+    (window,) = engine.run(serving, Job(form, serving.budget, max_texts=None, dim=None, normalize=want.normalized), [want.text])
     return window.vectors[0].double().numpy()

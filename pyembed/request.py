@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pyembed import engine, prompts
@@ -45,10 +47,11 @@ def job(
     check_positive("truncate_dim", dim)
     check_kind("prompt", prompt, str)
     asked = form(encoder, prompt=prompt, prompt_name=prompt_name, examples=examples, max_length=encoder.max_seq_length)
+    given = encoder._arguments["tokens_per_batch"]
     return Job(
         form=asked,
         narrow=any(template.read or template.last or template.after for template in asked.templates),
-        budget=encoder._arguments["tokens_per_batch"] or engine.TOKENS_PER_BATCH[encoder.device.type],
+        budget=encoder._engine.budget if given is None else replace(encoder._engine.budget, tokens=given, balance=math.inf),
         max_texts=batch_size,
         dim=dim,
         normalize=normalize,

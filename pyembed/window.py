@@ -67,12 +67,17 @@ def prepare(engine: Engine, job: Job, inputs: Sequence[Input], first: int) -> Wo
     shared = beginnings(engine, job, rows)
     twins = duplicates(rows) if job.sparse is None else {}
     alone = [row for row in range(len(rows.ids)) if row not in twins]
-    lengths = [len(rows.ids[row]) - shared[row][1] for row in alone]
-    batches = plan(lengths, min(job.budget, engine.fits or job.budget), job.max_texts)
+    costs = [cost(len(rows.ids[row]), shared[row][1], job.budget.balance) for row in alone]
+    batches = plan(costs, min(job.budget.tokens, engine.fits or job.budget.tokens), job.max_texts)
     # variants of a text are texts to the templates, so that either is told by the index of its input
     cut, repaired = ({int(owner[row * len(job.form.templates)]) for row in found} for found in (rows.truncated, rows.replaced))
     planned = [[alone[n] for n in batch] for batch in batches]
     return Work(first, counts, owner, texts, rows, shared, twins, planned, len(cut), len(repaired))
+
+
+def cost(length: int, shared: int, balance: float) -> float:
+    """A text's share of a budget: its tokens that have to be run, and their attention to all of them."""
+    return (length - shared) * (1 + length / balance)
 
 
 def beginnings(engine: Engine, job: Job, rows: prompts.Prepared) -> list[Shared]:

@@ -138,25 +138,28 @@ def test_a_stream_reads_a_few_windows_ahead_and_no_more(encoder: Encoder) -> Non
 # Faults
 
 
+def take(stream: Iterator[np.ndarray], rows: list[np.ndarray]) -> None:
+    for row in stream:
+        rows.append(row)  # one by one: list.extend would lose them
+
+
 @pytest.mark.parametrize("at", [0, 7, 10, 37])
 def test_what_the_iterator_raises_comes_after_what_it_gave(encoder: Encoder, expected: np.ndarray, at: int) -> None:
     def source() -> Iterator[str]:
         yield from TEXTS[:at]
         raise KeyError("the disk is gone")
 
-    rows = []
+    rows: list[np.ndarray] = []
     with pytest.raises(KeyError, match="the disk is gone") as caught:
-        for row in encoder.stream(source()):
-            rows.append(row)
+        take(encoder.stream(source()), rows)
     assert caught.value.__notes__ == [f"Raised by the iterable of inputs, instead of input {at}."]
     assert np.array_equal(np.array(rows).reshape(at, 48), expected[:at])
 
 
 def test_what_is_no_text_is_named_after_the_windows_before_it(encoder: Encoder, expected: np.ndarray) -> None:
-    rows = []
+    rows: list[np.ndarray] = []
     with pytest.raises(TypeError, match="Input 33 is a NoneType"):
-        for row in encoder.stream([*TEXTS[:33], None, *TEXTS[33:]]):  # type: ignore[list-item]
-            rows.append(row)
+        take(encoder.stream([*TEXTS[:33], None, *TEXTS[33:]]), rows)  # type: ignore[list-item]
     assert np.array_equal(np.stack(rows), expected[:30])
 
 
@@ -317,7 +320,8 @@ def test_ctrl_c_ends_a_call_and_leaves_no_thread(checkpoint_of_module: Path) -> 
             for row in encoder.stream(texts):
                 pass
         except KeyboardInterrupt:
-            left = [each.name for each in threading.enumerate() if each is not threading.main_thread() and not isinstance(each, threading.Timer)]
+            others = [each for each in threading.enumerate() if each is not threading.main_thread()]
+            left = [each.name for each in others if not isinstance(each, threading.Timer)]
             print("interrupted", left, encoder.stats.texts > 0, len(encoder.encode("w1 w2")))
         """
     )
