@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 import pyembed
-from pyembed import engine
+from pyembed import runner
 
 SHAPE = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
 VOCABULARY = 151669
@@ -87,11 +87,11 @@ def of_tokens(encoder: pyembed.Encoder, corpus: list[str], count: int, texts: in
 
 def unpruned(encoder: pyembed.Encoder, texts: list[str], prompt: str | None) -> Any:
     """Vectors with a last layer that computes every row."""
-    keep, engine.keep = engine.keep, lambda *_: None  # type: ignore[assignment]
+    keep, runner.keep = runner.keep, lambda *_: None  # type: ignore[assignment]
     try:
         return encoder.encode(texts, prompt=prompt)
     finally:
-        engine.keep = keep
+        runner.keep = keep
 
 
 def cases_of(on: pyembed.Encoder, off: pyembed.Encoder, peer: Any, queries: list[str], prompt: str) -> dict[str, Callable[[], Any]]:

@@ -45,17 +45,17 @@ class Kept:
     batch: PackedBatch  # the kept rows as a batch of their own, whose spans are all of them
 
 
-def plan(lengths: Sequence[int], budget: int, max_texts: int | None = None) -> list[list[int]]:
-    """Indices of texts, longest first, in batches of at most `budget` tokens and `max_texts` texts; a batch admits at least one."""
+def plan(costs: Sequence[float], budget: float, max_texts: int | None = None) -> list[list[int]]:
+    """Indices of texts, dearest first, in batches that cost at most `budget` and have at most `max_texts` texts, but one at least."""
     batches: list[list[int]] = []
-    tokens = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        full = tokens + lengths[index] > budget or (max_texts is not None and bool(batches) and len(batches[-1]) >= max_texts)
+    cost = 0.0
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        full = cost + costs[index] > budget or (max_texts is not None and bool(batches) and len(batches[-1]) >= max_texts)
         if not batches or full:
             batches.append([])
-            tokens = 0
+            cost = 0.0
         batches[-1].append(index)
-        tokens += lengths[index]
+        cost += costs[index]
     return batches
 
 

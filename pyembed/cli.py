@@ -22,7 +22,7 @@ from pyembed.output import FORMATS, Output, check_path, partial
 
 if TYPE_CHECKING:
     from pyembed.encoder import Encoder
-    from pyembed.engine import Stats
+    from pyembed.job import Stats
 
 EXPECTED = (KeyboardInterrupt, ValueError, TypeError, OSError, MemoryError)  # everything else is a bug and shows its traceback
 STORED = {"float32": "float32", "int8": "int8", "uint8": "uint8", "binary": "int8", "ubinary": "uint8"}  # precision -> dtype of the file

@@ -17,6 +17,7 @@ from torch import Tensor
 from pyembed import engine, prompts, quantize, request, sparse, stack
 from pyembed.config import ModelSpec, Output, Template
 from pyembed.info import summary
+from pyembed.job import Input, Stats
 from pyembed.loading import add_vocabulary, load
 from pyembed.options import (
     as_texts,
@@ -36,6 +37,7 @@ from pyembed.quantize import Array, Precision
 from pyembed.recipes import recipes
 from pyembed.results import check_out, collect, into, per_token, running, shaped, streamed
 from pyembed.rows import Text
+from pyembed.runner import Loaded
 from pyembed.tokenizer import Tokenizer
 
 
@@ -125,7 +127,13 @@ class Encoder:
     def _load(self, device: torch.device, dtype: torch.dtype | None, adapter: str | None) -> None:
         """Read the weights; then they serve the calls that follow."""
         given = (self._stack, self._spec, self._family, self.tokenizer, device, dtype)
-        self._loaded = load(*given, adapter=adapter, settings=self._arguments)
+        self._engine = engine.local(load(*given, adapter=adapter, settings=self._arguments), self.tokenizer)
+
+    @property
+    def _loaded(self) -> Loaded:
+        """The model in this process."""
+        assert self._engine.local is not None
+        return self._engine.local
 
     def set_adapter(self, name: str | None) -> None:
         """Load the weights again with the adapter `name` merged, one of `adapter_names`; None: without any.
@@ -150,15 +158,15 @@ class Encoder:
     @property
     def adapter(self) -> str | None:
         """The one of `adapter_names` that is merged."""
-        return self._loaded.adapter
+        return self._engine.adapter
 
     @property
     def device(self) -> torch.device:
-        return self._loaded.device
+        return self._engine.devices[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._loaded.dtype
+        return self._engine.dtype
 
     @property
     def spec(self) -> ModelSpec:
@@ -166,9 +174,9 @@ class Encoder:
         return self._spec
 
     @property
-    def stats(self) -> engine.Stats:
+    def stats(self) -> Stats:
         """What was done since loading: texts, tokens, texts cut or repaired, what was not computed twice, seconds the device was busy."""
-        return replace(self._loaded.stats)
+        return replace(self._engine.stats)
 
     @property
     def dim(self) -> int:
@@ -273,8 +281,8 @@ class Encoder:
         count, width = known(texts), request.width(self, job)
         if out is not None:
             check_out(out, count, width, precision, single=single, to_tensor=convert_to_tensor)
-        rows: Iterable[engine.Input] = texts if variants is None else with_variants(texts, [variants] if single else variants)
-        with running(self._loaded, job, rows, show_progress_bar, count, self.max_seq_length) as windows:
+        rows: Iterable[Input] = texts if variants is None else with_variants(texts, [variants] if single else variants)
+        with running(self._engine, job, rows, show_progress_bar, count, self.max_seq_length) as windows:
             if job.tokens:
                 items = per_token(windows, everything=output_value is None)
                 return items[0] if single else items
@@ -322,8 +330,8 @@ class Encoder:
         job = request.job(self, prompt=prompt, prompt_name=prompt_name, batch_size=batch_size)
         job = replace(job, sparse=sparse.maker(self._spec, self.tokenizer, words, expand))
         with self._reloading:
-            loaded = add_vocabulary(self._loaded, self._stack, self._family)
-        with running(loaded, job, texts, show_progress_bar, known(texts), self.max_seq_length) as windows:
+            add_vocabulary(self._loaded, self._stack, self._family)
+        with running(self._engine, job, texts, show_progress_bar, known(texts), self.max_seq_length) as windows:
             rows = [row for window in windows for row in window.sparse]
         made = sparse.as_dicts(rows, self.tokenizer) if as_dict else sparse.as_tensor(rows, self._spec.model.vocab_size)
         return made[0] if single else made
@@ -359,7 +367,7 @@ class Encoder:
             truncate_dim=truncate_dim,
         )
         stored = request.storing(self, job, precision, ranges)
-        return streamed(self._loaded, job, texts, show_progress_bar, known(texts), self.max_seq_length, stored)
+        return streamed(self._engine, job, texts, show_progress_bar, known(texts), self.max_seq_length, stored)
 
     def token_ids(
         self, texts: Iterable[str], prompt_name: str | None = None, prompt: str | None = None, examples: Sequence[Example] = ()

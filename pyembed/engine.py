@@ -1,319 +1,261 @@
-"""The one scheduler: texts arrive in windows, are tokenised, planned, run batch by batch, and placed in the caller's order."""
+"""The one scheduler: texts arrive in windows, which are prepared in the background and run batch by batch while the caller reads on.
+
+The caller's thread reads the inputs and takes results in order; one thread tokenises and plans; each lane (a device, or a worker
+process) has a thread that runs batches. A call whose texts fit one window needs no thread.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from pyembed import heads, prompts
-from pyembed.batch import PackedBatch, keep, pack, plan
-from pyembed.config import ModelSpec
-from pyembed.model import Weights, forward
-from pyembed.ops import Ops
-from pyembed.prefix import PrefixCache, Run, gathered, joined, shareable, shared_tokens
-from pyembed.rows import Text, extent, prepare
-from pyembed.sparse import SparseVector
+from pyembed.job import Engine, Input, Job, Stats, wordings
+from pyembed.rows import extent
+from pyembed.runner import LaneLost, Loaded, Made, Reads, Rows, Stop, Stopped, out_of_memory, run_batch
 from pyembed.tokenizer import Tokenizer
+from pyembed.window import Window, Work, finish, own_tokens, place, prepare, rows_of
 
 WINDOW_TEXTS = 1024  # texts in flight: what an interrupt loses, and what a stream reads before its first vector
 WINDOW_CHARACTERS = 1 << 18
-TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}  # CPU: `python bench/budget.py`, two Zen4 cores; CUDA: not measured
+AHEAD = 3  # windows under way: one that is run, one that waits, one that is prepared
+LOSSES = 3  # lanes that one text may end before it is an error
+POLL = 0.2  # seconds after which a waiting thread looks whether the process ends
+
+Advance = Callable[[Stats], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Wordings:
-    """A text in several wordings, whose vectors are averaged."""
+def local(model: Loaded, tokenizer: Tokenizer) -> Engine:
+    """An engine for a model in this process."""
 
-    texts: tuple[str, ...]
+    def lane(reads: Reads, rows: Rows, stop: Stop) -> Made:
+        return run_batch(model, reads, rows, stop)
 
-
-Input = Text | Wordings  # a text, its token ids, or a text in several wordings
-
-
-@dataclass(slots=True)
-class Stats:
-    """What an encoder has done since it was loaded."""
-
-    texts: int = 0
-    tokens: int = 0  # specials included
-    truncated: int = 0  # texts that were cut to max_seq_length
-    replaced: int = 0  # texts whose lone surrogates became U+FFFD
-    prefix_tokens: int = 0  # of `tokens`, those whose states a prompt had already given
-    duplicates: int = 0  # rows that repeated another of their window
-    busy: float = 0.0  # seconds that a device computed, summed over devices
-
-    def add(self, more: Stats) -> None:
-        for each in fields(self):
-            setattr(self, each.name, getattr(self, each.name) + getattr(more, each.name))
+    budget, reuses = model.ops.budget(model.spec.model, model.dtype, model.device), model.prefixes is not None
+    return Engine(model.spec, tokenizer, (lane,), (model.device,), model.dtype, model.adapter, budget, reuses, model)
 
 
-@dataclass(slots=True)
-class Loaded:
-    """A model on its device, with what its stations need."""
+def windows(inputs: Iterable[Input], times: int = 1) -> Iterator[tuple[list[Input], bool]]:
+    """Consecutive inputs in lists that end at so many times WINDOW_TEXTS inputs or WINDOW_CHARACTERS, and whether there may be more.
 
-    spec: ModelSpec
-    tokenizer: Tokenizer
-    weights: Weights
-    ops: Ops
-    device: torch.device
-    dtype: torch.dtype
-    adapter: str | None = None  # of those to switch between
-    prefixes: PrefixCache | None = None  # None: every text is run whole
-    fits: int | None = None  # tokens of a batch: half of the smallest that ran out of memory
-    lock: threading.Lock = field(default_factory=threading.Lock)  # around stations 4 to 7
-    pid: int = field(default_factory=os.getpid)
-    stats: Stats = field(default_factory=Stats)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What one call asks for."""
-
-    form: prompts.Form  # what is put around the texts
-    budget: int  # tokens in a batch
-    max_texts: int | None  # texts in a batch
-    dim: int | None  # cut vectors to this many dimensions
-    normalize: bool  # L2 after the cut
-    narrow: bool = False  # pooling may read less than a text's tokens, whatever the prompt is
-    tokens: bool = False  # also return the hidden states of every token
-    sparse: Callable[[Tensor, list[str]], list[SparseVector]] | None = None  # makes vectors of logits [n, V] and texts instead
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Results of consecutive texts, in their order."""
-
-    vectors: Tensor  # [n, dim] float32 on the CPU
-    texts: int
-    ids: list[np.ndarray]  # [length] int32 per row: a text has as many rows as templates and variants
-    states: list[Tensor]  # [length, D] per row on the device; empty unless the job asks for them
-    sparse: list[SparseVector]  # per text; empty unless the job asks for them, and then `vectors` has no rows
-    truncated: int  # texts that were cut
-    replaced: int  # texts whose lone surrogates became U+FFFD
-
-
-def wordings(each: Input) -> tuple[Text, ...]:
-    return each.texts if isinstance(each, Wordings) else (each,)
-
-
-def windows(inputs: Iterable[Input]) -> Iterator[list[Input]]:
-    """Consecutive inputs in lists that end at WINDOW_TEXTS inputs or WINDOW_CHARACTERS characters."""
+    What the caller's iterator raises comes after the inputs that it gave before.
+    """
     window: list[Input] = []
-    characters = 0
-    for each in inputs:
-        window.append(each)
-        characters += sum(map(extent, wordings(each)))
-        if len(window) == WINDOW_TEXTS or characters >= WINDOW_CHARACTERS:
-            yield window
-            window, characters = [], 0
+    characters = count = 0
+    try:
+        for each in inputs:
+            window.append(each)
+            characters += sum(map(extent, wordings(each)))
+            if len(window) == WINDOW_TEXTS * times or characters >= WINDOW_CHARACTERS * times:
+                yield window, True
+                count += len(window)
+                window, characters = [], 0
+    except Exception as error:
+        if hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(f"Raised by the iterable of inputs, instead of input {count + len(window)}.")
+        if window:
+            yield window, True
+        raise
     if window:
-        yield window
+        yield window, False
 
 
-@contextmanager
-def device_of(model: Loaded) -> Iterator[None]:
-    """The model's device for one thread at a time, in the dtype it was loaded in whatever autocast says around us."""
-    with model.lock, torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
-        yield
-
-
-def check_process(model: Loaded) -> None:
+def check_process(engine: Engine) -> None:
     """RuntimeError in a forked child, where OpenMP's and the tokenizer's threads are missing and a call would hang."""
-    if os.getpid() != model.pid:
+    if os.getpid() != engine.pid:
         raise RuntimeError(
             "This Encoder was made before the process forked, and its threads did not come along. Make the Encoder in the "
             "child, or start it with the 'spawn' method."
         )
 
 
-def run(model: Loaded, job: Job, inputs: Iterable[Input], advance: Callable[[Stats], Any] | None = None) -> Iterator[Window]:
-    """Results window by window, memory independent of how many texts there are. `advance` is told what each batch adds to the stats."""
-    done = 0
-    for window in windows(inputs):
-        yield run_window(model, job, window, done, advance)
-        done += len(window)
+def run(engine: Engine, job: Job, inputs: Iterable[Input], advance: Advance | None = None) -> Generator[Window, None, None]:
+    """Results window by window, memory independent of how many texts there are. `advance` is told what each finished batch adds.
 
-
-def run_window(model: Loaded, job: Job, inputs: list[Input], first: int, advance: Callable[[Stats], Any] | None) -> Window:
-    """Stations 2 to 8 for the texts of one window; `first` is the index of its first text, for errors."""
-    check_process(model)
-    groups = [wordings(each) for each in inputs]
-    rows = prepare(model.tokenizer, job.form, groups, first, model.spec.model.vocab_size, words=job.sparse is not None)
-    texts = [text for group in groups for text in group]
-    counts = [len(group) * len(job.form.templates) for group in groups]
-    owner = np.repeat(np.arange(len(groups)), counts)  # the input of each row
-    check_rows(model, rows.ids, owner + first)
-    shared = beginnings(model, job, rows)
-    twins = duplicates(rows) if job.sparse is None else {}
-    token_states = [torch.empty(0, device="cpu")] * len(rows.ids) if job.tokens else []
-    vectors: Tensor | None = None
-    sparse: dict[int, SparseVector] = {}
-
-    def place(indices: list[int]) -> None:
-        nonlocal vectors
-        given = [rows.ids[i] for i in indices], [rows.spans[i] for i in indices], [shared[i] for i in indices]
-        made, states, seconds = run_batch(model, job, *given)
-        if not bool(torch.isfinite(made).all()):
-            bad = owner[indices[int((~torch.isfinite(made).all(1)).nonzero()[0])]]
-            raise ValueError(f"Input {first + bad} gives a vector with NaN or infinite values in {model.dtype}; try dtype='float32'.")
-        if job.sparse is not None:
-            sparse.update(zip(indices, job.sparse(made, [str(texts[i]) for i in indices]), strict=True))
-            made = made[:, :0]
-        if vectors is None:
-            vectors = torch.empty((len(rows.ids), made.shape[1]), dtype=torch.float32, device="cpu")
-        vectors[indices] = made
-        for i, state in zip(indices, states, strict=False):
-            token_states[i] = state
-        count(indices, seconds)
-
-    def count(indices: list[int], seconds: float = 0.0) -> None:
-        lasts = sum(bool(i + 1 == len(owner) or owner[i + 1] != owner[i]) for i in indices)  # an input counts with its last row
-        tokens = sum(len(rows.ids[i]) for i in indices)
-        saved = sum(shared[i][1] for i in indices if i not in twins)
-        add(Stats(lasts, tokens, prefix_tokens=saved, duplicates=sum(i in twins for i in indices), busy=seconds))
-
-    def add(more: Stats) -> None:
-        with model.lock:
-            model.stats.add(more)
-        if advance is not None:
-            advance(more)
-
-    alone = [i for i in range(len(rows.ids)) if i not in twins]
-    lengths = [len(rows.ids[i]) - shared[i][1] for i in alone]
-
-    def too_large(batch: list[int]) -> None:
-        model.fits = min(model.fits or job.budget, max(1, sum(lengths[n] for n in batch) // 2))
-
-    for batch in plan(lengths, min(job.budget, model.fits or job.budget), job.max_texts):
-        halving(lambda part: place([alone[n] for n in part]), batch, model.device, too_large)
-    assert vectors is not None
-    for i, source in twins.items():
-        vectors[i] = vectors[source]
-        if job.tokens:
-            token_states[i] = token_states[source]
-    count(list(twins))
-    # variants of a text are texts to the templates, so that either is told by the index of its input
-    cut, repaired = ({int(owner[row * len(job.form.templates)]) for row in found} for found in (rows.truncated, rows.replaced))
-    add(Stats(truncated=len(cut), replaced=len(repaired)))
-    in_order = [sparse[i] for i in sorted(sparse)]
-    finished = finish(vectors, counts, job, normalize=model.spec.normalize)
-    return Window(finished, len(inputs), rows.ids, token_states, in_order, len(cut), len(repaired))
-
-
-def beginnings(model: Loaded, job: Job, rows: prompts.Prepared) -> list[tuple[np.ndarray, int]]:
-    """For each row what its texts begin with, and how many of its tokens need not be run again."""
-    if model.prefixes is None or job.tokens or not shareable(model.spec):
-        return [(rows.ids[0][:0], 0)] * len(rows.ids)
-    of_templates = prompts.beginnings(model.tokenizer, job.form)
-    each = [of_templates[n % len(of_templates)] for n in range(len(rows.ids))]
-    return [(start, shared_tokens(ids, start)) for start, ids in zip(each, rows.ids, strict=True)]
-
-
-def duplicates(rows: prompts.Prepared) -> dict[int, int]:
-    """Rows that repeat an earlier one, ids and span: row to that earlier row."""
-    first: dict[tuple[bytes, tuple[int, int]], int] = {}
-    keys = [(ids.tobytes(), span) for ids, span in zip(rows.ids, rows.spans, strict=True)]
-    return {n: first[key] for n, key in enumerate(keys) if first.setdefault(key, n) != n}
-
-
-def check_rows(model: Loaded, ids: list[np.ndarray], inputs: np.ndarray) -> None:
-    """ValueError that names the input for a row that the model cannot take."""
-    config = model.spec.model
-    for row, index in zip(ids, inputs, strict=True):
-        if len(row) == 0:
-            raise ValueError(f"Input {index} has no token and this model adds none; leave it out.")
-        if (row >= config.vocab_size).any():
-            raise ValueError(
-                f"Input {index} has the token id {row.max()}, but the model's embedding table has {config.vocab_size} rows: tokenizer and "
-                "weights are not of the same model."
-            )
-        if config.position_offset is not None and len(row) > config.max_positions:
-            raise ValueError(
-                f"Input {index} has {len(row)} tokens with its template, but the model has positions for {config.max_positions}; lower "
-                "max_seq_length, or take a shorter template."
-            )
-
-
-def finish(vectors: Tensor, counts: list[int], job: Job, *, normalize: bool) -> Tensor:
-    """Station 7: [rows, dim] to [inputs, dim]: the mean over an input's rows (L2 again where the model's vectors have it), the cut, L2."""
-    if len(counts) != len(vectors):
-        vectors = torch.stack([each.mean(0) for each in vectors.split(counts)])
-        vectors = F.normalize(vectors, dim=-1) if normalize else vectors
-    if job.dim is not None:
-        vectors = vectors[:, : job.dim]
-    return F.normalize(vectors, dim=-1) if job.normalize else vectors
-
-
-def run_batch(
-    model: Loaded, job: Job, ids: list[np.ndarray], spans: list[tuple[int, int]], shared: list[tuple[np.ndarray, int]]
-) -> tuple[Tensor, list[Tensor], float]:
-    """Stations 4 to 6 for one batch: vectors [n, dim] or logits [n, V], float32 on the CPU; token states if the job asks for them; and
-    the seconds it took the device, without the wait for it.
-
-    `shared` is what each text begins with, and how many of its tokens are taken from the prefixes that were run before.
+    An exception comes after the results of the windows before it.
     """
-    with device_of(model):
-        start = time.perf_counter()
-        if job.sparse is not None:
-            spans = [(0, len(each)) for each in ids]
-        before = [count for _, count in shared]
-        prefixes = gathered([(prefix_of(model, head), count) if count else None for head, count in shared], model.device)
-        batch: PackedBatch = pack(ids, spans, model.ops, model.device, before)
-        mode = heads.reads(model.spec, sparse=job.sparse is not None, narrow=job.narrow)
-        inside = mode == "lasttoken" or all(first >= count for (first, _), count in zip(spans, before, strict=True))
-        kept = keep(batch, mode, model.ops) if mode is not None and inside and not job.tokens else None
-        hidden = forward(model.weights, batch, model.ops, kept, prefixes=prefixes)
-        if prefixes is not None and not inside:
-            hidden, batch = joined(hidden, batch, prefixes, spans)
-        make = heads.logits if job.sparse is not None else partial(heads.pool, spec=model.spec)
-        vectors = make(hidden, weights=model.weights, batch=batch if kept is None else kept.batch, ops=model.ops)
-        states = heads.token_vectors(hidden, model.weights, batch, model.ops) if job.tokens else []
-        return vectors.cpu(), states, time.perf_counter() - start
-
-
-def prefix_of(model: Loaded, ids: np.ndarray) -> Run:
-    """The states of a prefix, run now if they are not kept."""
-
-    def make(ids: np.ndarray) -> Run:
-        captured: list[tuple[Tensor, Tensor]] = []
-        batch = pack([ids], None, model.ops, model.device)
-        hidden = forward(model.weights, batch, model.ops, captured=captured)
-        return Run([(k[: len(ids)].clone(), v[: len(ids)].clone()) for k, v in captured], hidden[: len(ids)].clone())
-
-    assert model.prefixes is not None
-    return model.prefixes.get(ids, make)
-
-
-def halving(work: Callable[[list[int]], None], indices: list[int], device: torch.device, failed: Callable[[list[int]], None]) -> None:
-    """Do `work`, in halves where memory runs out, which `failed` is told. One text that does not fit is an error that says so."""
+    line = Line(engine, job, advance)
+    source, more, first, failure = windows(inputs, job.budget.windows), True, 0, None
+    under_way: deque[Ticket] = deque()
     try:
-        work(indices)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        if len(indices) == 1:
-            raise MemoryError(f"One text alone does not fit into the memory of {device}; lower max_seq_length.") from error
-    else:
-        return
-    failed(indices)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    middle = len(indices) // 2
-    halving(work, indices[:middle], device, failed)
-    halving(work, indices[middle:], device, failed)
+        while more or under_way:
+            while more and len(under_way) < AHEAD and not (under_way and under_way[0].done.is_set()):
+                check_process(engine)
+                try:
+                    window, more = next(source, ([], False))
+                except Exception as error:
+                    failure, more = error, False
+                    break
+                if window:
+                    under_way.append(line.start(window, first, only=not more and first == 0))
+                    first += len(window)
+            if under_way:
+                check_process(engine)
+                yield line.result(under_way.popleft())
+    finally:
+        line.close()
+    if failure is not None:
+        raise failure
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """CUDA has an exception of its own; the CPU allocator raises a RuntimeError with this text."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error)
+@dataclass(slots=True)
+class Ticket:
+    """A window under way."""
+
+    work: Work | None = None
+    left: int = 0  # batches to run
+    error: BaseException | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def fail(self, error: BaseException) -> None:
+        self.error = self.error or error
+        self.done.set()
+
+
+class Line:
+    """The threads of one call, started when a second window is in sight."""
+
+    def __init__(self, engine: Engine, job: Job, advance: Advance | None) -> None:
+        self.engine, self.job, self.advance = engine, job, advance
+        self.free: SimpleQueue[int] = SimpleQueue()  # numbers of lanes
+        for number in range(len(engine.lanes)):
+            self.free.put(number)
+        self.windows: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.batches: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.threads: list[threading.Thread] = []
+        self.caller = threading.current_thread()
+        self.closed = threading.Event()
+        self.lock = threading.Lock()
+
+    def start(self, inputs: Sequence[Input], first: int, *, only: bool) -> Ticket:
+        """Send a window on its way; where it is the call's only one and there is one lane, run it here."""
+        ticket = Ticket()
+        if only and len(self.engine.lanes) == 1:
+            ticket.work = prepare(self.engine, self.job, inputs, first)
+            for batch in ticket.work.batches:
+                self.run_batch(ticket.work, batch)
+            ticket.done.set()
+            return ticket
+        if not self.threads:
+            loops = [self.windows, *[self.batches] * len(self.engine.lanes)]
+            self.threads = [threading.Thread(target=self.loop, args=(tasks, torch.get_num_threads())) for tasks in loops]
+            for thread in self.threads:
+                thread.start()
+        self.windows.put(partial(self.prepare, ticket, inputs, first))
+        return ticket
+
+    def result(self, ticket: Ticket) -> Window:
+        """What a window gave, once it is done."""
+        ticket.done.wait()
+        if ticket.error is not None:
+            raise ticket.error
+        assert ticket.work is not None
+        window, counts = finish(self.engine, self.job, ticket.work)
+        self.report(counts)
+        return window
+
+    def close(self) -> None:
+        """End the threads, which stop between two layers of a batch."""
+        self.closed.set()
+        if os.getpid() != self.engine.pid:
+            return
+        for _ in self.threads:  # wake those that wait
+            self.windows.put(lambda: None)
+            self.batches.put(lambda: None)
+        for thread in self.threads:
+            if thread is not threading.current_thread():  # where the garbage collector closes a stream
+                thread.join()
+
+    def stopped(self) -> bool:
+        """Whether nobody waits any more: closed, or the process ends while a stream was left as it stood."""
+        return self.closed.is_set() or not (self.caller.is_alive() or threading.main_thread().is_alive())
+
+    def loop(self, tasks: SimpleQueue[Callable[[], None]], threads: int) -> None:
+        torch.set_num_threads(threads)  # each thread has its own number
+        while not self.stopped():
+            try:
+                task = tasks.get(timeout=POLL)
+            except Empty:
+                continue
+            task()
+
+    def prepare(self, ticket: Ticket, inputs: Sequence[Input], first: int) -> None:
+        try:
+            ticket.work = prepare(self.engine, self.job, inputs, first)
+        except BaseException as error:
+            ticket.fail(error)
+            return
+        ticket.left = len(ticket.work.batches)
+        for batch in ticket.work.batches:
+            self.batches.put(partial(self.step, ticket, batch))
+
+    def step(self, ticket: Ticket, batch: list[int]) -> None:
+        assert ticket.work is not None
+        try:
+            self.run_batch(ticket.work, batch)
+        except BaseException as error:
+            ticket.fail(error)
+            return
+        with self.lock:
+            ticket.left -= 1
+        if ticket.left == 0:
+            ticket.done.set()
+
+    def run_batch(self, work: Work, batch: list[int], losses: int = 0) -> None:
+        """Run a batch on the next free lane and place what comes; in halves where memory runs out or lanes are lost over it."""
+        tokens, fits = own_tokens(work, batch), self.engine.fits
+        if fits is not None and tokens > fits and len(batch) > 1:
+            return self.halves(work, batch)
+        number, started = self.free.get(), time.perf_counter()
+        try:
+            made = self.engine.lanes[number](self.job.reads, rows_of(work, batch), self.stopped)
+        except (LaneLost, RuntimeError) as error:
+            lost = isinstance(error, LaneLost)
+            if not lost and (isinstance(error, Stopped) or not out_of_memory(error)):
+                raise
+            problem: Exception = error
+        else:
+            seconds = time.perf_counter() - started
+            done = place(self.engine, self.job, work, batch, made)
+            done.busy = seconds
+            return self.report(done)
+        finally:
+            self.free.put(number)
+        if len(batch) == 1 and (not lost or losses + 1 >= LOSSES):
+            raise self.hopeless(work, batch[0], problem, number) from problem
+        if lost and losses == 0:  # whatever happened to it, it may not have been the batch
+            return self.run_batch(work, batch, 1)
+        if lost and len(batch) == 1:
+            return self.run_batch(work, batch, losses + 1)
+        if not lost:
+            with self.engine.lock:
+                self.engine.fits = min(self.engine.fits or tokens, max(1, tokens // 2))
+            if self.engine.devices[number].type == "cuda":
+                torch.cuda.empty_cache()
+        return self.halves(work, batch)
+
+    def halves(self, work: Work, batch: list[int]) -> None:
+        middle = len(batch) // 2
+        self.run_batch(work, batch[:middle])
+        self.run_batch(work, batch[middle:])
+
+    def hopeless(self, work: Work, row: int, error: Exception, number: int) -> Exception:
+        """The error for a text that cannot be run."""
+        if isinstance(error, LaneLost):
+            index = work.first + work.owner[row]
+            return RuntimeError(f"Input {index} ended {LOSSES} worker processes one after the other; the last: {error}")
+        return MemoryError(f"One text alone does not fit into the memory of {self.engine.devices[number]}; lower max_seq_length.")
+
+    def report(self, done: Stats) -> None:
+        self.engine.count(done)
+        if self.advance is not None:
+            with self.lock:
+                self.advance(done)

@@ -9,13 +9,13 @@ from dataclasses import replace
 from pyembed import heads, lora, ops, stack, weights
 from pyembed.arguments import recipe_arguments
 from pyembed.config import ModelConfig, ModelSpec
-from pyembed.engine import Loaded
 from pyembed.families import ALIASES, FAMILIES
 from pyembed.ops import Ops
 from pyembed.options import check_dtype, choose_device, choose_recipe, default_length, native_dtype, tokenizer_of
 from pyembed.prefix import obstacle
 from pyembed.probes import PROBE, check_ids
 from pyembed.recipes import METHODS, RECIPES
+from pyembed.runner import Loaded
 from pyembed.tensorfile import FLOATS, open_safetensors
 from pyembed.tokenizer import Tokenizer
 

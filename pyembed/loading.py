@@ -12,10 +12,10 @@ import torch
 
 from pyembed import ops, weights
 from pyembed.config import Family, ModelSpec
-from pyembed.engine import Loaded
 from pyembed.options import native_dtype
 from pyembed.prefix import BYTES, PrefixCache, shareable
 from pyembed.probes import check_ids, check_mask
+from pyembed.runner import Loaded
 from pyembed.stack import Stack
 from pyembed.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ def load(
     dense = [(stack.settings / head.path, head) for head in spec.dense]
     with torch.inference_mode():
         tensors = weights.load(stack.weights, spec.model, family.tensors, dense, device, dtype, stack.task(adapter))
-    loaded = Loaded(spec, tokenizer, tensors, module, device, dtype, adapter)
+    loaded = Loaded(spec, tensors, module, device, dtype, adapter)
     if room != 0 and shareable(spec):
         loaded.prefixes = PrefixCache(BYTES[device.type] if room is None else room)
     check_ids(tokenizer, spec)
@@ -62,12 +62,11 @@ def load(
     return loaded
 
 
-def add_vocabulary(loaded: Loaded, stack: Stack, family: Family) -> Loaded:
-    """The same with the head that gives logits, read unless it is there. ValueError where the checkpoint has none."""
+def add_vocabulary(loaded: Loaded, stack: Stack, family: Family) -> None:
+    """Read the head that gives logits, unless it is there. ValueError where the checkpoint has none."""
     if loaded.weights.vocabulary is None:
         with torch.inference_mode():
             head = weights.load_vocabulary(
                 stack.weights, loaded.spec.model, family.tensors, loaded.weights.tokens, stack.task(loaded.adapter)
             )
         loaded.weights = replace(loaded.weights, vocabulary=head)
-    return loaded

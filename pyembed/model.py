@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,11 +63,12 @@ def forward(
     *,
     prefixes: Prefixes | None = None,
     captured: list[tuple[Tensor, Tensor]] | None = None,
+    between: Callable[[], None] | None = None,
 ) -> Tensor:
     """Packed ids to hidden states [T, D] in the activation dtype, before the final norm. Spare rows hold anything.
 
     With `kept` the last layer computes its rows alone, on keys and values of all: [R, D]. `prefixes` were run before; `captured` takes
-    each layer's keys and values.
+    each layer's keys and values; `between` is called before each layer, and may raise.
     """
     config = weights.config
     hidden = ops.embed(
@@ -83,6 +85,8 @@ def forward(
     embedded = hidden.clone() if config.per_layer_dim is not None else None  # the blocks write into `hidden`
     delta = None  # what the last block has yet to add to the residual stream, so that the next norm adds it
     for n, layer in enumerate(weights.layers):
+        if between is not None:
+            between()
         own = None if prefixes is None else prefixes.layers[n]
         shared = replace(shared, prefix=own, kept=kept if n + 1 == len(weights.layers) else None, captured=captured)
         hidden, delta = block(hidden, delta, layer, config, shared, ops)

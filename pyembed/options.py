@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyembed.checkpoint import SIMILARITIES
 from pyembed.config import ModelSpec, Output, Recipe, Template
-from pyembed.engine import Wordings
+from pyembed.job import Wordings
 from pyembed.ops import POOL_MODES, PoolMode
 from pyembed.recipes import NO_RECIPE, methods, overlaid, recipe_of_id, recipes
 from pyembed.rows import Text

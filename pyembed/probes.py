@@ -9,8 +9,8 @@ import torch
 
 from pyembed.batch import pack
 from pyembed.config import ModelSpec
-from pyembed.engine import Loaded, device_of
 from pyembed.model import forward
+from pyembed.runner import Loaded, device_of
 from pyembed.tokenizer import Tokenizer
 
 PROBE = "The quick brown fox jumps over the lazy dog."

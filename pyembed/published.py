@@ -13,6 +13,7 @@ import numpy as np
 from pyembed import engine, request
 from pyembed.config import Pooling, Recipe
 from pyembed.encoder import Encoder
+from pyembed.job import Job
 from pyembed.jsonfile import read_json
 from pyembed.ops import PoolMode
 from pyembed.recipes import recipe_of_id
@@ -83,6 +84,7 @@ class PublishedScores:
     @property
     def title(self) -> str:
         return f"cosines of inputs {self.inputs}"
+
 
 Number = PublishedVector | PublishedScores
 
@@ -227,6 +229,6 @@ def plain_vector(encoder: Encoder, want: PublishedVector) -> np.ndarray:
     pooling = Pooling((want.pooling,)) if want.foreign_pooling else model.spec.pooling
     model = replace(model, spec=replace(model.spec, pooling=pooling, normalize=want.normalized))
     form = replace(request.form(encoder, prompt="", max_length=encoder.max_seq_length), include_prompt=model.spec.pooling.include_prompt)
-    job = engine.Job(form, engine.TOKENS_PER_BATCH[model.device.type], max_texts=None, dim=None, normalize=want.normalized)
-    (window,) = engine.run(model, job, [want.text])
+    serving = engine.local(model, encoder.tokenizer)
+    (window,) = engine.run(serving, Job(form, serving.budget, max_texts=None, dim=None, normalize=want.normalized), [want.text])
     return window.vectors[0].double().numpy()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from pyembed import engine, prompts, quantize
+from pyembed.job import Job, Stats
 from pyembed.options import as_texts, check_kind, check_positive
 from pyembed.prompts import Example
 from pyembed.quantize import Array, Precision
@@ -41,18 +44,19 @@ def job(
     normalize: bool = False,
     truncate_dim: int | None = None,
     tokens: bool = False,
-) -> engine.Job:
+) -> Job:
     """A call's job. Arguments as `Encoder.encode`; ValueError and TypeError for what cannot be meant."""
-    engine.check_process(encoder._loaded)
+    engine.check_process(encoder._engine)
     dim = encoder.truncate_dim if truncate_dim is None else truncate_dim
     check_positive("batch_size", batch_size)
     check_positive("truncate_dim", dim)
     check_kind("prompt", prompt, str)
     asked = form(encoder, prompt=prompt, prompt_name=prompt_name, examples=examples, max_length=encoder.max_seq_length)
-    return engine.Job(
+    given = encoder._arguments["tokens_per_batch"]
+    return Job(
         form=asked,
         narrow=asked.narrow,
-        budget=encoder._arguments["tokens_per_batch"] or engine.TOKENS_PER_BATCH[encoder.device.type],
+        budget=encoder._engine.budget if given is None else replace(encoder._engine.budget, tokens=given, balance=math.inf),
         max_texts=batch_size,
         dim=dim,
         normalize=normalize,
@@ -69,7 +73,7 @@ def check_kinds(output_value: object, precision: str, *several: object) -> None:
         raise ValueError(f"output_value is {output_value!r}; expected 'sentence_embedding', 'token_embeddings' or None.")
 
 
-def check_tokens(output_value: object, job: engine.Job, *, variants: bool, out: Any) -> None:
+def check_tokens(output_value: object, job: Job, *, variants: bool, out: Any) -> None:
     """ValueError where tokens are asked for of what has none, or no place for them."""
     if job.tokens and (variants or len(job.form.templates) > 1):
         raise ValueError(f"output_value={output_value!r} gives one text's tokens; with variants or several templates there are more.")
@@ -77,14 +81,14 @@ def check_tokens(output_value: object, job: engine.Job, *, variants: bool, out: 
         raise ValueError(f"output_value={output_value!r} gives results of different lengths; out= takes sentence embeddings.")
 
 
-def width(encoder: Encoder, job: engine.Job) -> int:
+def width(encoder: Encoder, job: Job) -> int:
     """Dimensions of the vectors that a job gives."""
     full = encoder.spec.full_dim
     return full if job.dim is None else min(full, int(job.dim))
 
 
 def storing(
-    encoder: Encoder, job: engine.Job, precision: Precision, ranges: Array | None, *, variants: bool = False, at_once: bool = False
+    encoder: Encoder, job: Job, precision: Precision, ranges: Array | None, *, variants: bool = False, at_once: bool = False
 ) -> Stored | None:
     """What turns a job's float32 vectors into `precision`; None where they stay as they are.
 
@@ -106,7 +110,7 @@ def token_ids(
     encoder: Encoder, texts: Any, *, prompt: str | None, prompt_name: str | None, examples: Sequence[Example]
 ) -> list[np.ndarray]:
     """What Encoder.token_ids returns."""
-    engine.check_process(encoder._loaded)
+    engine.check_process(encoder._engine)
     check_kind("prompt", prompt, str)
     single, given = as_texts(texts)
     if single:
@@ -119,5 +123,5 @@ def token_ids(
     if len(asked.templates) > 1:
         raise ValueError(f"This model puts a text into {len(asked.templates)} templates, so there is no one row of ids for it; give texts.")
     rows = prompts.prepare(encoder.tokenizer, asked, cast(list[str], listed))
-    report(engine.Stats(len(listed), truncated=len(rows.truncated), replaced=len(rows.replaced)), encoder.max_seq_length)
+    report(Stats(len(listed), truncated=len(rows.truncated), replaced=len(rows.replaced)), encoder.max_seq_length)
     return rows.ids

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pyembed import engine
-from pyembed.engine import Stats, Window
+from pyembed.job import Engine, Input, Job, Stats
 from pyembed.quantize import Array, Precision
+from pyembed.window import Window
 
 logger = logging.getLogger("pyembed")
 Stored = Callable[[Array], Array]  # vectors [n, dim] float32 in fewer bits
@@ -23,7 +24,7 @@ INTEGERS: dict[Precision, str] = {"int8": "int8", "uint8": "uint8", "binary": "i
 
 @contextmanager
 def running(
-    model: engine.Loaded, job: engine.Job, inputs: Iterable[engine.Input], show: bool | None, total: int | None, limit: int | None
+    serving: Engine, job: Job, inputs: Iterable[Input], show: bool | None, total: int | None, limit: int | None
 ) -> Iterator[Iterator[Window]]:
     """The engine's windows under a progress bar; after them it is told how many texts were cut to `limit` tokens or repaired."""
     seen = Stats()
@@ -33,8 +34,8 @@ def running(
             seen.add(Stats(window.texts, truncated=window.truncated, replaced=window.replaced))
             yield window
 
-    with progress(show, total) as advance:
-        yield counted(engine.run(model, job, inputs, advance))
+    with progress(show, total, devices=len(serving.lanes)) as advance, closing(engine.run(serving, job, inputs, advance)) as windows:
+        yield counted(windows)
     report(seen, limit)
 
 
@@ -89,16 +90,16 @@ def report(done: Stats, limit: int | None) -> None:
 
 
 def streamed(
-    model: engine.Loaded,
-    job: engine.Job,
-    inputs: Iterable[engine.Input],
+    serving: Engine,
+    job: Job,
+    inputs: Iterable[Input],
     show: bool | None,
     total: int | None,
     limit: int | None,
     stored: Stored | None,
 ) -> Iterator[Array]:
     """One vector at a time."""
-    with running(model, job, inputs, show, total, limit) as windows:
+    with running(serving, job, inputs, show, total, limit) as windows:
         for window in windows:
             vectors = window.vectors.numpy()
             yield from vectors if stored is None else stored(vectors)

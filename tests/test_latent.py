@@ -212,7 +212,7 @@ def test_only_the_spans_are_read(mistral: Path, directory: Path, backend: str | 
     """Tokens that are left out are seen by the others; a span of nothing gives zeros."""
     encoder = loaded(directory, backend)
     model = encoder._loaded
-    ids = prompts.prepare(model.tokenizer, request.job(encoder).form, TEXTS).ids
+    ids = prompts.prepare(encoder.tokenizer, request.job(encoder).form, TEXTS).ids
     _, states = checkpoints.reference(mistral, TEXTS)
     skip = [0, 4, 2, 3, 0, 30]  # the second text has four tokens
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import fields
@@ -17,8 +16,8 @@ import pytest
 import torch
 import tqdm.auto
 
-from pyembed import Encoder, engine, request, results
-from pyembed.engine import Stats
+from pyembed import Encoder, engine, request, results, runner
+from pyembed.job import Stats
 from pyembed.results import short, told
 
 Directory = Callable[[str], Path]
@@ -51,7 +50,7 @@ def test_the_deltas_add_up_to_the_stats(encoder: Encoder, wrap: Callable[[Any], 
     encoder.max_seq_length = 40
     job = request.job(encoder, prompt=PROMPT, batch_size=2)
     texts = [*TEXTS, TEXTS[1], TEXTS[0], "w5 \ud800", TEXTS[0]]
-    for _ in engine.run(encoder._loaded, job, wrap(texts), deltas.append):
+    for _ in engine.run(encoder._engine, job, wrap(texts), deltas.append):
         assert rounded(summed(deltas)) == rounded(encoder.stats), "a window is told when it is done"
     total = summed(deltas)
     assert (total.texts, total.truncated, total.replaced, total.duplicates) == (11, 2, 1, 1)
@@ -66,25 +65,12 @@ def test_a_text_in_several_rows_is_one_text(encoder: Encoder) -> None:
 
 
 def test_busy_is_the_devices_time(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = engine.forward
-    monkeypatch.setattr(engine, "forward", lambda *given, **named: (time.sleep(0.05), forward(*given, **named))[1])
+    forward = runner.forward
+    monkeypatch.setattr(runner, "forward", lambda *given, **named: (time.sleep(0.05), forward(*given, **named))[1])
     start = time.perf_counter()
     encoder.encode(TEXTS[:3], batch_size=1)
     elapsed = time.perf_counter() - start
     assert 0.15 <= encoder.stats.busy <= elapsed
-
-
-def test_waiting_for_the_device_is_not_busy(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four threads on one device keep it busy once, not four times."""
-    forward = engine.forward
-    monkeypatch.setattr(engine, "forward", lambda *given, **named: (time.sleep(0.05), forward(*given, **named))[1])
-    threads = [threading.Thread(target=encoder.encode, args=(TEXTS[3],)) for _ in range(4)]
-    start = time.perf_counter()
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert 0.2 <= encoder.stats.busy <= time.perf_counter() - start
 
 
 def test_what_stands_beside_the_bar() -> None:

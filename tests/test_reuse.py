@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_recipes import PAIRS, of_type  # noqa: F401 - a fixture
 
-from pyembed import Encoder, blocks, engine, prefix
+from pyembed import Encoder, blocks, engine, prefix, runner
 from pyembed.prefix import LEAST, PrefixCache, Run, shared_tokens
 from pyembed.recipes import methods, recipes
 
@@ -120,8 +120,8 @@ def test_a_model_that_looks_ahead_never_shares(checkpoint: Directory, name: str,
     right = encoder.encode(TEXTS, prompt=PROMPT)
     assert encoder.stats.prefix_tokens == 0
     monkeypatch.setattr(prefix, "shareable", lambda spec: True)  # what would come of it
-    monkeypatch.setattr(engine, "shareable", lambda spec: True)
     encoder._loaded.prefixes = PrefixCache(1 << 30)
+    encoder._engine = engine.local(encoder._loaded, encoder.tokenizer)
     if "bert" not in name and "roberta" not in name:
         assert checkpoints.error(encoder.encode(TEXTS, prompt=PROMPT), torch.from_numpy(right)).max() > 1e-3
 
@@ -164,8 +164,8 @@ def test_the_cache_keeps_what_was_used_last_within_its_bytes() -> None:
 
 def test_the_prefix_is_run_once_and_dropped_with_the_weights(checkpoint: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    forward = engine.forward
-    monkeypatch.setattr(engine, "forward", lambda *given, **named: (seen.append(len(given[1].lengths)), forward(*given, **named))[1])
+    forward = runner.forward
+    monkeypatch.setattr(runner, "forward", lambda *given, **named: (seen.append(len(given[1].lengths)), forward(*given, **named))[1])
     encoder = Encoder(checkpoint("llama"), device="cpu", dtype="float32")
     seen.clear()
     encoder.encode(TEXTS, prompt=PROMPT)
@@ -225,7 +225,7 @@ def test_the_last_layer_computes_what_is_read(
     layers = encoder.spec.model.num_layers
     assert rows[: layers - 1] == [rows[0]] * (layers - 1)
     assert rows[layers - 1] == (rows[0] if kept is None else 16), "rows are padded to 16"
-    monkeypatch.setattr(engine, "keep", lambda *_: None)
+    monkeypatch.setattr(runner, "keep", lambda *_: None)
     whole = encoder.encode(TEXTS)
     same(pruned, whole, backend)
 
@@ -238,7 +238,7 @@ def test_a_mean_without_its_prompt_is_all_that_the_last_layer_computes(checkpoin
     texts = checkpoints.sentences((3, 10, 19))
     pruned = encoder.encode(texts, prompt=PROMPT)
     assert (rows[0], rows[-1]) == (112, 32)  # 75 + 32 tokens, and 32 of them
-    monkeypatch.setattr(engine, "keep", lambda *_: None)
+    monkeypatch.setattr(runner, "keep", lambda *_: None)
     assert np.array_equal(pruned, encoder.encode(texts, prompt=PROMPT))
 
 
@@ -248,7 +248,7 @@ def test_a_mean_without_its_prompt_is_all_that_the_last_layer_computes(checkpoin
 def test_duplicates_are_run_once(checkpoint: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     run_batch = engine.run_batch
-    monkeypatch.setattr(engine, "run_batch", lambda *given: (seen.append(len(given[2])), run_batch(*given))[1])
+    monkeypatch.setattr(engine, "run_batch", lambda *given: (seen.append(len(given[2].ids)), run_batch(*given))[1])
     encoder = Encoder(checkpoint("qwen3"), device="cpu", dtype="float32")
     order = [0, 1, 0, 2, 2, 0, 5, 1]
     found = encoder.encode([TEXTS[n] for n in order])

@@ -19,7 +19,7 @@ import transformers
 from checkpoints import ABSENT, CASES, Case
 from torch import Tensor
 
-from pyembed import Encoder, engine, heads, prompts, request, sparse, weights
+from pyembed import Encoder, heads, prompts, request, sparse, weights
 from pyembed.batch import pack
 from pyembed.loading import add_vocabulary
 from pyembed.model import forward
@@ -68,17 +68,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return directory
 
 
-def loaded(directory: Path, backend: str | None = None, dtype: str = "float32") -> engine.Loaded:
+def loaded(directory: Path, backend: str | None = None, dtype: str = "float32") -> Encoder:
     """The model with its vocabulary."""
     encoder = Encoder(directory, device="cpu", dtype=dtype, backend=backend, pooling="lasttoken")
     assert encoder._loaded.weights.vocabulary is None
     add_vocabulary(encoder._loaded, encoder._stack, encoder._family)
-    return encoder._loaded
+    return encoder
 
 
-def ours(model: engine.Loaded, texts: list[str] = TEXTS) -> Tensor:
+def ours(encoder: Encoder, texts: list[str] = TEXTS) -> Tensor:
+    model = encoder._loaded
     with torch.inference_mode():
-        batch = pack(model.tokenizer.encode(texts, None).ids, None, model.ops, model.device)
+        batch = pack(encoder.tokenizer.encode(texts, None).ids, None, model.ops, model.device)
         hidden = forward(model.weights, batch, model.ops)
         hidden[sum(batch.lengths) :] = torch.nan
         return heads.logits(hidden, model.weights, batch, model.ops)
@@ -99,7 +100,7 @@ def test_logits_are_transformers(saved: Callable[[str], Path], name: str, backen
     assert (found.shape, found.dtype) == ((len(TEXTS), VOCABULARY), torch.float32)
     assert checkpoints.error(found, right).max() <= 1e-5
     tied = name not in ("llama", "phi3", "gptj", "gpt-neox", "opt-350m")
-    assert (model.weights.vocabulary.weight is model.weights.tokens) == tied  # no second copy
+    assert (model._loaded.weights.vocabulary.weight is model._loaded.weights.tokens) == tied  # no second copy
     for text, row in zip(TEXTS, found, strict=True):
         assert torch.equal(ours(model, [text])[0], row), "other bits in another batch"
 
@@ -152,7 +153,7 @@ def test_a_bias_of_the_head_is_read(saved: Callable[[str], Path], tmp_path: Path
     with torch.inference_mode():
         head = weights.load_vocabulary(directory, model.spec.model, plain._family.tensors, model.weights.tokens)
     model.weights = replace(model.weights, vocabulary=head)
-    assert checkpoints.error(ours(model), right).max() <= 1e-6
+    assert checkpoints.error(ours(plain), right).max() <= 1e-6
 
 
 def test_a_head_that_is_not_there_or_does_not_fit_is_refused(

@@ -12,10 +12,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pyembed.config import ModelConfig
+    from pyembed.ops.budget import Budget
 
 Quant = Literal["fp8", "int8"]
 PoolMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
@@ -68,6 +72,7 @@ class Ops(Protocol):
     __name__: str
     FROM_REFERENCE: tuple[str, ...]
 
+    def budget(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Budget: ...
     def schedule(self, lengths: Sequence[int]) -> object: ...
     def embed(
         self,
@@ -81,9 +86,7 @@ class Ops(Protocol):
         norm: Norm | None = None,
     ) -> Tensor: ...
     def rms_norm(self, x: Tensor, norm: Norm, *, residual: Tensor | None = None, quant: Quant | None = None) -> Tensor | Quantised: ...
-    def layer_norm(
-        self, x: Tensor, norm: Norm, *, residual: Tensor | None = None, quant: Quant | None = None
-    ) -> Tensor | Quantised: ...
+    def layer_norm(self, x: Tensor, norm: Norm, *, residual: Tensor | None = None, quant: Quant | None = None) -> Tensor | Quantised: ...
     def qk_norm_rope(
         self,
         qkv: Tensor,

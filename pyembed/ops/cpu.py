@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 import pyembed._cpu as _cpu
+from pyembed.config import ModelConfig
 from pyembed.ops import POOL_MODES, DistanceBias, Norm, PoolMode, Prefix, Quant, Quantised, reference
+from pyembed.ops.budget import Budget, balance
 from pyembed.ops.reference import latent_attention as latent_attention
 
 FROM_REFERENCE: tuple[str, ...] = ("latent_attention",)
@@ -84,6 +86,11 @@ def _rows_out(x: Tensor, size: int, quant: Quant | None) -> tuple[Tensor | Quant
     values = torch.empty((x.shape[0], size), dtype=torch.int8 if quant == "int8" else torch.float8_e4m3fn, device="cpu")
     scale = torch.empty(x.shape[0], dtype=torch.float32, device="cpu")
     return Quantised(values, scale), values.data_ptr(), scale.data_ptr(), _QUANTS[quant]
+
+
+def budget(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Budget:
+    """4096 tokens: `python bench/budget.py`, two Zen 4 cores."""
+    return Budget(4096, balance(config, rate=0.5))
 
 
 def schedule(lengths: Sequence[int]) -> Tensor:

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyembed.config import ModelConfig
 from pyembed.ops import DistanceBias, Norm, PoolMode, Prefix, Quant, Quantised
+from pyembed.ops.budget import Budget, balance
 
 FROM_REFERENCE: tuple[str, ...] = ()
 FP8_MAX = 448.0  # largest float8_e4m3fn
@@ -35,6 +37,11 @@ def _maybe_quantise(x: Tensor, dtype: torch.dtype, quant: Quant | None) -> Tenso
     scaled = wide / scale
     values = scaled.to(torch.float8_e4m3fn) if quant == "fp8" else scaled.round().to(torch.int8)
     return Quantised(values, scale.squeeze(-1).float())
+
+
+def budget(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Budget:
+    """What one batch should hold. Whatever comes: these numbers are those of the C++ kernels, and no promise of speed is made here."""
+    return Budget(4096, balance(config, rate=0.5))
 
 
 def schedule(lengths: Sequence[int]) -> object:

@@ -1,0 +1,59 @@
+"""What would be run for some texts, without running it: `print(encoder.plan(texts))`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pyembed.engine import windows
+from pyembed.job import Engine, Input, Job
+from pyembed.window import cost, own_tokens, prepare
+
+SHOWN = 40  # batches that are printed
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    window: int  # number of the window its texts are sorted in
+    texts: int  # rows, where a text has several
+    tokens: int  # that are run
+    longest: int  # tokens of the longest text, what it shares included
+    cost: float  # of the budget: the tokens, and their attention
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    batches: tuple[Batch, ...]
+    budget: int
+    texts: int
+    tokens: int  # of all texts
+    duplicates: int  # rows that repeat another of their window
+    shared: int  # tokens whose states a prompt gives
+
+    def __str__(self) -> str:
+        run = sum(each.tokens for each in self.batches)
+        saved = f"{self.shared:,} given by prompts, {self.tokens - run - self.shared:,} in {self.duplicates:,} duplicates"
+        lines = [
+            f"{self.texts:,} texts, {self.tokens:,} tokens: {run:,} are run ({saved}), in {len(self.batches):,} batches of {self.budget:,}",
+            f"{'batch':>7} {'window':>7} {'texts':>7} {'tokens':>9} {'longest':>8} {'of budget':>10}",
+        ]
+        for n, each in enumerate(self.batches[:SHOWN]):
+            share = f"{each.cost / self.budget:.0%}"
+            lines.append(f"{n:7,} {each.window:7,} {each.texts:7,} {each.tokens:9,} {each.longest:8,} {share:>10}")
+        if len(self.batches) > SHOWN:
+            lines.append(f"    ... {len(self.batches) - SHOWN:,} more")
+        return "\n".join(lines)
+
+
+def plan(engine: Engine, job: Job, inputs: Iterable[Input]) -> Plan:
+    """Tokenise all inputs and plan them as `engine.run` would."""
+    batches, texts, tokens, duplicates, shared = [], 0, 0, 0, 0
+    for number, (window, _) in enumerate(windows(inputs, job.budget.windows)):
+        work = prepare(engine, job, window, texts)
+        lengths = [len(ids) for ids in work.rows.ids]
+        for rows in work.batches:
+            costs = [cost(lengths[row], work.shared[row][1], job.budget.balance) for row in rows]
+            batches.append(Batch(number, len(rows), own_tokens(work, rows), max(lengths[row] for row in rows), sum(costs)))
+            shared += sum(work.shared[row][1] for row in rows)
+        texts, tokens, duplicates = texts + len(window), tokens + sum(lengths), duplicates + len(work.twins)
+    return Plan(tuple(batches), job.budget.tokens, texts, tokens, duplicates, shared)

@@ -1,0 +1,115 @@
+"""Stations 4 to 6 on one device: the texts of one batch to their vectors."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyembed import heads
+from pyembed.batch import PackedBatch, keep, pack
+from pyembed.config import ModelSpec
+from pyembed.model import Weights, forward
+from pyembed.ops import Ops
+from pyembed.prefix import PrefixCache, Run, gathered, joined
+
+Shared = tuple[np.ndarray, int]  # what a text begins with, and how many of its tokens are taken from there
+Made = tuple[Tensor, list[Tensor]]  # vectors [n, dim] or logits [n, V], float32 on the CPU; token states [length, D] each, or none
+Stop = Callable[[], bool]  # whether nobody waits for the result any more
+
+
+class Stopped(RuntimeError):
+    """Nobody waits for this batch any more."""
+
+
+class LaneLost(Exception):
+    """What ran this batch has ended under it, and will be there again for the next one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """What is read of a batch's texts, beyond their spans."""
+
+    narrow: bool = False  # pooling may read less than a text's tokens, whatever the prompt is
+    tokens: bool = False  # also the hidden states of every token
+    logits: bool = False  # the vocabulary's logits at the last token instead of a vector
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The texts of one batch."""
+
+    ids: Sequence[np.ndarray]  # [length] int32 each
+    spans: Sequence[tuple[int, int]]  # first and last + 1 token that pooling reads
+    shared: Sequence[Shared]
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A model on one device."""
+
+    spec: ModelSpec
+    weights: Weights
+    ops: Ops
+    device: torch.device
+    dtype: torch.dtype
+    adapter: str | None = None  # of those to switch between
+    prefixes: PrefixCache | None = None  # None: every text is run whole
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@contextmanager
+def device_of(model: Loaded) -> Iterator[None]:
+    """The model's device for one thread at a time, in the dtype it was loaded in whatever autocast says around us."""
+    with model.lock, torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+        yield
+
+
+def run_batch(model: Loaded, reads: Reads, rows: Rows, stop: Stop | None = None) -> Made:
+    """Vectors or logits of the rows, and their token states if asked for. Stopped where `stop` says so between two layers."""
+    with device_of(model):
+        spans = [(0, len(each)) for each in rows.ids] if reads.logits else rows.spans
+        before = [count for _, count in rows.shared]
+        prefixes = gathered([(prefix_of(model, head, stop), count) if count else None for head, count in rows.shared], model.device)
+        batch: PackedBatch = pack(rows.ids, spans, model.ops, model.device, before)
+        mode = heads.reads(model.spec, sparse=reads.logits, narrow=reads.narrow)
+        inside = mode == "lasttoken" or all(first >= count for (first, _), count in zip(spans, before, strict=True))
+        kept = keep(batch, mode, model.ops) if mode is not None and inside and not reads.tokens else None
+        hidden = forward(model.weights, batch, model.ops, kept, prefixes=prefixes, between=partial(check, stop))
+        if prefixes is not None and not inside:
+            hidden, batch = joined(hidden, batch, prefixes, spans)
+        make = heads.logits if reads.logits else partial(heads.pool, spec=model.spec)
+        vectors = make(hidden, weights=model.weights, batch=batch if kept is None else kept.batch, ops=model.ops)
+        states = heads.token_vectors(hidden, model.weights, batch, model.ops) if reads.tokens else []
+        return vectors.cpu(), states
+
+
+def check(stop: Stop | None) -> None:
+    if stop is not None and stop():
+        raise Stopped("The call was given up: the thread that made it has ended, and so has the main thread.")
+
+
+def prefix_of(model: Loaded, ids: np.ndarray, stop: Stop | None) -> Run:
+    """The states of a prefix, run now if they are not kept."""
+
+    def make(ids: np.ndarray) -> Run:
+        captured: list[tuple[Tensor, Tensor]] = []
+        batch = pack([ids], None, model.ops, model.device)
+        hidden = forward(model.weights, batch, model.ops, captured=captured, between=partial(check, stop))
+        return Run([(k[: len(ids)].clone(), v[: len(ids)].clone()) for k, v in captured], hidden[: len(ids)].clone())
+
+    assert model.prefixes is not None
+    return model.prefixes.get(ids, make)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """CUDA has an exception of its own; the CPU allocator raises a RuntimeError with this text."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("not enough memory" in str(error) or "can't allocate memory" in str(error))
+    )

@@ -1,0 +1,174 @@
+"""One window of texts: stations 2 and 3 before its batches are run, 7 and 8 after."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyembed import prompts
+from pyembed.batch import plan
+from pyembed.config import ModelSpec
+from pyembed.job import Engine, Input, Job, Stats, wordings
+from pyembed.prefix import shared_tokens
+from pyembed.rows import Text
+from pyembed.rows import prepare as prepared
+from pyembed.runner import Made, Rows, Shared
+from pyembed.sparse import SparseVector
+
+
+@dataclass(slots=True)
+class Work:
+    """Consecutive texts on their way. A text has as many rows as templates and variants."""
+
+    first: int  # number of the first text among all of the call
+    counts: list[int]  # rows of each text
+    owner: np.ndarray  # [rows] the text of each row
+    texts: list[Text]  # per variant
+    rows: prompts.Prepared
+    shared: list[Shared]  # per row
+    twins: dict[int, int]  # rows that repeat another one, which alone is run
+    batches: list[list[int]]  # rows
+    cut: int  # texts that were cut
+    repaired: int  # texts whose lone surrogates became U+FFFD
+    vectors: Tensor | None = None  # [rows, D] float32
+    states: dict[int, Tensor] = field(default_factory=dict)  # per row [length, D]
+    sparse: dict[int, SparseVector] = field(default_factory=dict)  # per row
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Results of consecutive texts, in their order."""
+
+    vectors: Tensor  # [n, dim] float32 on the CPU
+    texts: int
+    ids: list[np.ndarray]  # [length] int32 per row
+    states: list[Tensor]  # [length, D] per row on the device; empty unless the job asks for them
+    sparse: list[SparseVector]  # per text; empty unless the job asks for them, and then `vectors` has no columns
+    truncated: int  # texts that were cut
+    replaced: int  # texts whose lone surrogates became U+FFFD
+
+
+def prepare(engine: Engine, job: Job, inputs: Sequence[Input], first: int) -> Work:
+    """Token ids, what is shared, and batches. `first` is the number of the first text, for errors."""
+    groups = [wordings(each) for each in inputs]
+    rows = prepared(engine.tokenizer, job.form, groups, first, engine.spec.model.vocab_size, words=job.sparse is not None)
+    counts = [len(group) * len(job.form.templates) for group in groups]
+    owner = np.repeat(np.arange(len(groups)), counts)
+    check_rows(engine.spec, rows.ids, owner + first)
+    shared = beginnings(engine, job, rows)
+    twins = duplicates(rows) if job.sparse is None else {}
+    alone = [row for row in range(len(rows.ids)) if row not in twins]
+    costs = [cost(len(rows.ids[row]), shared[row][1], job.budget.balance) for row in alone]
+    batches = plan(costs, min(job.budget.tokens, engine.fits or job.budget.tokens), job.max_texts)
+    # variants of a text are texts to the templates, so that either is told by the index of its input
+    cut, repaired = ({int(owner[row * len(job.form.templates)]) for row in found} for found in (rows.truncated, rows.replaced))
+    planned = [[alone[n] for n in batch] for batch in batches]
+    texts = [text for group in groups for text in group]
+    return Work(first, counts, owner, texts, rows, shared, twins, planned, len(cut), len(repaired))
+
+
+def cost(length: int, shared: int, balance: float) -> float:
+    """A text's share of a budget: its tokens that have to be run, and their attention to all of them."""
+    return (length - shared) * (1 + length / balance)
+
+
+def beginnings(engine: Engine, job: Job, rows: prompts.Prepared) -> list[Shared]:
+    """For each row what its texts begin with, and how many of its tokens need not be run again."""
+    if not engine.reuses or job.tokens:
+        return [(rows.ids[0][:0], 0)] * len(rows.ids)
+    of_templates = prompts.beginnings(engine.tokenizer, job.form)
+    each = [of_templates[n % len(of_templates)] for n in range(len(rows.ids))]
+    return [(start, shared_tokens(ids, start)) for start, ids in zip(each, rows.ids, strict=True)]
+
+
+def duplicates(rows: prompts.Prepared) -> dict[int, int]:
+    """Rows that repeat an earlier one, ids and span: row to that earlier row."""
+    first: dict[tuple[bytes, tuple[int, int]], int] = {}
+    keys = [(ids.tobytes(), span) for ids, span in zip(rows.ids, rows.spans, strict=True)]
+    return {n: first[key] for n, key in enumerate(keys) if first.setdefault(key, n) != n}
+
+
+def check_rows(spec: ModelSpec, ids: Sequence[np.ndarray], inputs: np.ndarray) -> None:
+    """ValueError that names the input for a row that the model cannot take."""
+    config = spec.model
+    for row, index in zip(ids, inputs, strict=True):
+        if len(row) == 0:
+            raise ValueError(f"Input {index} has no token and this model adds none; leave it out.")
+        if (row >= config.vocab_size).any():
+            raise ValueError(
+                f"Input {index} has the token id {row.max()}, but the model's embedding table has {config.vocab_size} rows: tokenizer and "
+                "weights are not of the same model."
+            )
+        if config.position_offset is not None and len(row) > config.max_positions:
+            raise ValueError(
+                f"Input {index} has {len(row)} tokens with its template, but the model has positions for {config.max_positions}; lower "
+                "max_seq_length, or take a shorter template."
+            )
+
+
+def own_tokens(work: Work, batch: Sequence[int]) -> int:
+    """Tokens of a batch that have to be run."""
+    return sum(len(work.rows.ids[row]) - work.shared[row][1] for row in batch)
+
+
+def rows_of(work: Work, batch: Sequence[int]) -> Rows:
+    """What a lane is given of a batch."""
+    return Rows([work.rows.ids[n] for n in batch], [work.rows.spans[n] for n in batch], [work.shared[n] for n in batch])
+
+
+def place(engine: Engine, job: Job, work: Work, batch: Sequence[int], made: Made) -> Stats:
+    """Put a batch's results to their rows; what it adds to the counts. ValueError that names the input for what is not finite."""
+    vectors, states = made
+    finite = torch.isfinite(vectors).all(1)
+    if not bool(finite.all()):
+        bad = work.first + work.owner[batch[int((~finite).nonzero()[0])]]
+        raise ValueError(f"Input {bad} gives a vector with NaN or infinite values in {engine.dtype}; try dtype='float32'.")
+    if job.sparse is not None:
+        sparse = job.sparse(vectors, [str(work.texts[row]) for row in batch])
+        work.sparse.update(zip(batch, sparse, strict=True))
+        vectors = vectors[:, :0]
+    with work.lock:
+        if work.vectors is None:
+            work.vectors = torch.empty((len(work.owner), vectors.shape[1]), dtype=torch.float32, device="cpu")
+    work.vectors[list(batch)] = vectors
+    work.states.update(zip(batch, states, strict=False))
+    return counted(work, batch, prefix_tokens=sum(work.shared[row][1] for row in batch))
+
+
+def counted(work: Work, batch: Sequence[int], *, prefix_tokens: int = 0, duplicates: int = 0) -> Stats:
+    """Counts of rows that are done; a text counts with its last row."""
+    owner = work.owner
+    texts = sum(bool(row + 1 == len(owner) or owner[row + 1] != owner[row]) for row in batch)
+    return Stats(texts, sum(len(work.rows.ids[row]) for row in batch), prefix_tokens=prefix_tokens, duplicates=duplicates)
+
+
+def finish(engine: Engine, job: Job, work: Work) -> tuple[Window, Stats]:
+    """Station 7, once all batches are placed: duplicates, the mean over a text's rows, the cut, L2; what this adds to the counts."""
+    assert work.vectors is not None
+    for row, source in work.twins.items():
+        work.vectors[row] = work.vectors[source]
+        if job.tokens:
+            work.states[row] = work.states[source]
+    vectors = averaged(work.vectors, work.counts, job, normalize=engine.spec.normalize)
+    states = [work.states[row] for row in sorted(work.states)]
+    sparse = [work.sparse[row] for row in sorted(work.sparse)]
+    done = counted(work, list(work.twins), duplicates=len(work.twins))
+    done.truncated, done.replaced = work.cut, work.repaired
+    return Window(vectors, len(work.counts), work.rows.ids, states, sparse, work.cut, work.repaired), done
+
+
+def averaged(vectors: Tensor, counts: list[int], job: Job, *, normalize: bool) -> Tensor:
+    """[rows, D] to [texts, dim]: the mean over a text's rows (L2 again where the model's vectors have it), the cut, L2."""
+    if len(counts) != len(vectors):
+        vectors = torch.stack([each.mean(0) for each in vectors.split(counts)])
+        vectors = F.normalize(vectors, dim=-1) if normalize else vectors
+    if job.dim is not None:
+        vectors = vectors[:, : job.dim]
+    return F.normalize(vectors, dim=-1) if job.normalize else vectors

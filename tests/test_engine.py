@@ -1,0 +1,351 @@
+"""The line of windows: order, faults, interrupts, and the threads it leaves behind (none)."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import numpy as np
+import pytest
+import torch
+
+from pyembed import Encoder, engine
+from pyembed.runner import LaneLost, Loaded, Reads, Rows, Stop, Stopped
+
+TEXTS = checkpoints.sentences([n % 23 + 1 for n in range(120)], seed=1)
+FULL = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
+RunBatch = Callable[[Loaded, Reads, Rows, Stop], Any]
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint_of_module: Path) -> Encoder:
+    return Encoder(checkpoint_of_module, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.save(checkpoints.CASES["qwen3"], tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture
+def encoder(made: Encoder, monkeypatch: pytest.MonkeyPatch) -> Encoder:
+    """One whose windows have 10 texts and whose batches have few tokens."""
+    monkeypatch.setattr(engine, "WINDOW_TEXTS", 10)
+    monkeypatch.setitem(made._arguments, "tokens_per_batch", 64)
+    monkeypatch.setattr(made, "_engine", replace(made._engine, stats=type(made.stats)(), fits=None))
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(made: Encoder) -> np.ndarray:
+    return np.stack([made.encode(text) for text in TEXTS])
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) == before
+
+
+def several(encoder: Encoder, count: int) -> None:
+    """Serve by `count` lanes of the same model."""
+    own = encoder._engine
+    encoder._engine = replace(own, lanes=own.lanes * count, devices=own.devices * count)
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, change: Callable[[RunBatch], RunBatch]) -> None:
+    monkeypatch.setattr(engine, "run_batch", change(engine.run_batch))
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_the_line_gives_the_bits_of_single_texts_in_order(encoder: Encoder, expected: np.ndarray, lanes: int) -> None:
+    several(encoder, lanes)
+    assert np.array_equal(encoder.encode(TEXTS), expected)
+    assert np.array_equal(np.stack(list(encoder.stream(iter(TEXTS)))), expected)
+    assert encoder.stats.texts == 2 * len(TEXTS)
+    assert encoder.stats.busy > 0
+
+
+def test_a_call_of_one_window_starts_no_thread(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    patched(monkeypatch, lambda run: lambda *given: (seen.append(threading.current_thread()), run(*given))[1])
+    encoder.encode(TEXTS[:9])
+    assert set(seen) == {threading.current_thread()}
+    encoder.encode(TEXTS)
+    assert len(set(seen)) == 2
+
+
+def test_lanes_have_the_callers_number_of_threads(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    patched(monkeypatch, lambda run: lambda *given: (seen.add(torch.get_num_threads()), run(*given))[1])
+    torch.set_num_threads(3)
+    encoder.encode(TEXTS)
+    assert seen == {3}
+    assert torch.get_num_threads() == 3
+
+
+def test_windows_are_prepared_while_others_run(encoder: Encoder, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second window is tokenised before the first one's only batch ends, or this would wait in vain."""
+    prepared = threading.Event()
+    prepare = engine.prepare
+
+    def second(*given: Any) -> Any:
+        out = prepare(*given)
+        if given[3] == 10:
+            prepared.set()
+        return out
+
+    def waits(run: RunBatch) -> RunBatch:
+        def wrapped(*given: Any) -> Any:
+            assert prepared.wait(30)
+            return run(*given)
+
+        return wrapped
+
+    monkeypatch.setattr(engine, "prepare", second)
+    patched(monkeypatch, waits)
+    assert np.array_equal(encoder.encode(TEXTS), expected)
+
+
+def test_a_stream_reads_a_few_windows_ahead_and_no_more(encoder: Encoder) -> None:
+    read = 0
+
+    def source() -> Iterator[str]:
+        nonlocal read
+        for text in TEXTS:
+            read += 1
+            yield text
+
+    stream = encoder.stream(source())
+    for done in range(60):
+        next(stream)
+        assert read <= done // 10 * 10 + 10 * (engine.AHEAD + 1)
+    stream.close()  # type: ignore[attr-defined]
+    assert read < len(TEXTS)
+
+
+# Faults
+
+
+def take(stream: Iterator[np.ndarray], rows: list[np.ndarray]) -> None:
+    for row in stream:
+        rows.append(row)  # one by one: list.extend would lose them
+
+
+@pytest.mark.parametrize("at", [0, 7, 10, 37])
+def test_what_the_iterator_raises_comes_after_what_it_gave(encoder: Encoder, expected: np.ndarray, at: int) -> None:
+    def source() -> Iterator[str]:
+        yield from TEXTS[:at]
+        raise KeyError("the disk is gone")
+
+    rows: list[np.ndarray] = []
+    with pytest.raises(KeyError, match="the disk is gone") as caught:
+        take(encoder.stream(source()), rows)
+    assert caught.value.__notes__ == [f"Raised by the iterable of inputs, instead of input {at}."]
+    assert np.array_equal(np.array(rows).reshape(at, 48), expected[:at])
+
+
+def test_what_is_no_text_is_named_after_the_windows_before_it(encoder: Encoder, expected: np.ndarray) -> None:
+    rows: list[np.ndarray] = []
+    with pytest.raises(TypeError, match="Input 33 is a NoneType"):
+        take(encoder.stream([*TEXTS[:33], None, *TEXTS[33:]]), rows)  # type: ignore[list-item]
+    assert np.array_equal(np.stack(rows), expected[:30])
+
+
+def test_an_exception_in_a_batch_reaches_the_caller(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(run: RunBatch) -> RunBatch:
+        def wrapped(model: Loaded, reads: Reads, rows: Rows, stop: Stop) -> Any:
+            if len(done) == 5:
+                raise OSError("the bus is gone")
+            done.append(len(rows.ids))
+            return run(model, reads, rows, stop)
+
+        return wrapped
+
+    done: list[int] = []
+    patched(monkeypatch, broken)
+    with pytest.raises(OSError, match="the bus is gone"):
+        encoder.encode(TEXTS)
+
+
+def test_a_vector_that_is_not_finite_is_named_in_any_window(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bad(run: RunBatch) -> RunBatch:
+        def wrapped(model: Loaded, reads: Reads, rows: Rows, stop: Stop) -> Any:
+            vectors, states = run(model, reads, rows, stop)
+            vectors = vectors.clone()
+            for n, ids in enumerate(rows.ids):
+                if len(ids) == length:
+                    vectors[n, 3] = torch.inf
+            return vectors, states
+
+        return wrapped
+
+    texts = [*TEXTS[:70], "w1 " * 41, *TEXTS[70:]]
+    length = len(encoder.tokenizer.encode([texts[70]], None).ids[0])
+    patched(monkeypatch, bad)
+    with pytest.raises(ValueError, match="Input 70 gives a vector with NaN"):
+        encoder.encode(texts)
+
+
+def faulty(run: RunBatch, chance: float, seed: int, error: Callable[[], Exception], ran: Counter[bytes]) -> RunBatch:
+    """Fails at random, before or after it has computed; counts the rows that it gives back."""
+    dice, lock = random.Random(seed), threading.Lock()
+
+    def wrapped(model: Loaded, reads: Reads, rows: Rows, stop: Stop) -> Any:
+        with lock:
+            early, late = dice.random() < chance, dice.random() < chance
+        if early:
+            raise error()
+        made = run(model, reads, rows, stop)
+        if late and len(rows.ids) > 1:
+            raise error()
+        ran.update(each.tobytes() for each in rows.ids)
+        return made
+
+    return wrapped
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_lanes_lost_at_random_lose_and_double_nothing(
+    encoder: Encoder, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch, seed: int, lanes: int
+) -> None:
+    several(encoder, lanes)
+    ran: Counter[bytes] = Counter()
+    monkeypatch.setattr(engine, "LOSSES", 1000)
+    patched(monkeypatch, lambda run: faulty(run, 0.3, seed, lambda: LaneLost("killed"), ran))
+    assert np.array_equal(np.stack(list(encoder.stream(TEXTS))), expected)
+    assert encoder.stats.texts == len(TEXTS)
+    rows = Counter(each.tobytes() for each in encoder.tokenizer.encode(TEXTS, None).ids)
+    assert ran.keys() == rows.keys()
+    assert all(ran[row] <= rows[row] for row in rows)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("seed", range(6))
+def test_memory_that_runs_out_at_random_loses_and_doubles_nothing(
+    encoder: Encoder, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch, seed: int, lanes: int
+) -> None:
+    def scarce(run: RunBatch) -> RunBatch:
+        inner = faulty(run, 0.4, seed, lambda: RuntimeError(FULL), ran)
+        return lambda *given: run(*given) if len(given[2].ids) == 1 else inner(*given)
+
+    several(encoder, lanes)
+    ran: Counter[bytes] = Counter()
+    patched(monkeypatch, scarce)
+    assert np.array_equal(np.stack(list(encoder.stream(TEXTS))), expected)
+    assert encoder.stats.texts == len(TEXTS)
+    assert encoder._engine.fits is not None
+    assert encoder._engine.fits < 64
+
+
+def test_a_text_that_ends_every_lane_is_named(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deadly(run: RunBatch) -> RunBatch:
+        def wrapped(model: Loaded, reads: Reads, rows: Rows, stop: Stop) -> Any:
+            if any(np.array_equal(ids, poison) for ids in rows.ids):
+                deaths.append(len(rows.ids))
+                raise LaneLost("process 7 was killed (SIGKILL)")
+            return run(model, reads, rows, stop)
+
+        return wrapped
+
+    deaths: list[int] = []
+    texts = [*TEXTS[:57], "w3 w2 w1 w2 w3", *TEXTS[57:]]
+    poison = encoder.tokenizer.encode([texts[57]], None).ids[0]
+    patched(monkeypatch, deadly)
+    with pytest.raises(RuntimeError, match=r"Input 57 ended 3 worker processes one after the other; the last: process 7 was killed"):
+        encoder.encode(texts)
+    assert deaths[-3:] == [1, 1, 1]
+    assert len(deaths) <= 3 + 2 * 5
+
+
+# Stopping
+
+
+def test_a_stream_that_is_left_stops_within_a_batch(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that has begun ends between two layers, not after the last one."""
+    began, ended = threading.Event(), []
+
+    def slow(run: RunBatch) -> RunBatch:
+        def wrapped(model: Loaded, reads: Reads, rows: Rows, stop: Stop) -> Any:
+            if first:
+                first.clear()
+                return run(model, reads, rows, stop)
+            began.set()
+            while not stop():
+                time.sleep(0.01)
+            try:
+                return run(model, reads, rows, stop)
+            except Stopped:
+                ended.append(True)
+                raise
+
+        return wrapped
+
+    first = [True]
+    monkeypatch.setitem(encoder._arguments, "tokens_per_batch", 10_000)
+    patched(monkeypatch, slow)
+    stream = encoder.stream(iter(TEXTS))
+    next(stream)
+    assert began.wait(30)
+    stream.close()  # type: ignore[attr-defined]
+    assert ended == [True]
+
+
+SCRIPT = """
+import signal, sys, threading, time
+from pyembed import Encoder, engine
+engine.WINDOW_TEXTS = 8
+encoder = Encoder(sys.argv[1], device="cpu", dtype="float32")
+texts = (f"w{n % 50} w{n % 7} " * 20 for n in range(10**9))
+"""
+
+
+def test_ctrl_c_ends_a_call_and_leaves_no_thread(checkpoint_of_module: Path) -> None:
+    script = SCRIPT + textwrap.dedent(
+        """
+        threading.Timer(1.0, signal.raise_signal, [signal.SIGINT]).start()
+        try:
+            for row in encoder.stream(texts):
+                pass
+        except KeyboardInterrupt:
+            others = [each for each in threading.enumerate() if each is not threading.main_thread()]
+            left = [each.name for each in others if not isinstance(each, threading.Timer)]
+            print("interrupted", left, encoder.stats.texts > 0, len(encoder.encode("w1 w2")))
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script, checkpoint_of_module], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("interrupted [] True"), done.stdout
+
+
+def test_a_stream_that_is_left_as_it_stands_does_not_keep_the_process(checkpoint_of_module: Path) -> None:
+    """Batches that last an hour, unless they are told that the process ends."""
+    script = SCRIPT + textwrap.dedent(
+        """
+        run, calls = engine.run_batch, []
+        def slow(model, reads, rows, stop):
+            calls.append(1)
+            while len(calls) > 3 and not stop():
+                time.sleep(0.05)
+            return run(model, reads, rows, stop)
+        engine.run_batch = slow
+        stream = encoder.stream(texts)
+        print(len(next(stream)), len(threading.enumerate()))
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script, checkpoint_of_module], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[1] == "3", done.stdout
+    assert not done.stderr
