@@ -14,7 +14,7 @@ import torch
 from test_lora import train
 from test_recipes import of_type  # noqa: F401 - a fixture
 
-from pyembed import hub, sparse
+from pyembed import Encoder, hub, sparse
 
 ROOT = Path(__file__).parent.parent
 Made = Callable[[str, bool], Path]
@@ -83,3 +83,17 @@ def test_the_readme_runs(minilm: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     exec(block.replace("sentence-transformers/all-MiniLM-L6-v2", str(minilm)), {})
     assert "The Nile flows north." in capsys.readouterr().out
+
+
+def test_the_page_of_throughput_runs(minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["Paris is the capital of France.", "A tomato is a berry.", "The Nile flows north."]
+    (tmp_path / "huge.txt").write_text("".join(f"{line}\n" for line in lines))
+    monkeypatch.chdir(tmp_path)
+    encoder = Encoder(minilm, device="cpu", prompts={"document": "read: "})
+    space: dict[str, Any] = {"encoder": encoder, "docs": lines}
+    file, ids = blocks("docs/throughput.md")
+    exec(file.replace("1_000_000", "5"), space)
+    assert np.array_equal(np.load(tmp_path / "huge.npy")[:3], encoder.encode(lines).astype(np.float16))
+    assert len(space["vectors"]) == 3
+    exec(ids, space)
+    assert np.array_equal(space["vectors"], encoder.encode_document(lines))
