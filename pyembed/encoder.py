@@ -22,8 +22,8 @@ from pyembed.loading import add_vocabulary, load
 from pyembed.options import (
     as_texts,
     check_dtype,
+    check_length,
     check_place,
-    check_positive,
     check_settings,
     choose_device,
     choose_recipe,
@@ -191,12 +191,7 @@ class Encoder:
 
     @max_seq_length.setter
     def max_seq_length(self, value: int | None) -> None:
-        check_positive("max_seq_length", value)
-        least, table = len(self.tokenizer.prefix) + len(self.tokenizer.suffix) + 1, self._spec.model.position_offset is not None
-        most = self._spec.model.max_positions
-        if (value is None and table) or (value is not None and (value < least or (table and value > most))):
-            most_text = f"to {most}" if table else "or more"
-            raise ValueError(f"max_seq_length is {value}; expected {least} (one token and the specials) {most_text}.")
+        check_length(value, self._spec, self.tokenizer)
         self._max_seq_length = value
 
     def __repr__(self) -> str:

@@ -186,6 +186,15 @@ def default_length(spec: ModelSpec, tokenizer: Tokenizer) -> int | None:
     return limit if spec.model.position_offset is None else min(limit, spec.model.max_positions)
 
 
+def check_length(value: int | None, spec: ModelSpec, tokenizer: Tokenizer) -> None:
+    """ValueError for a max_seq_length that leaves no room for a token, or is beyond a table of learned positions."""
+    check_positive("max_seq_length", value)
+    least, table, most = len(tokenizer.prefix) + len(tokenizer.suffix) + 1, spec.model.position_offset is not None, spec.model.max_positions
+    if (value is None and table) or (value is not None and (value < least or (table and value > most))):
+        most_text = f"to {most}" if table else "or more"
+        raise ValueError(f"max_seq_length is {value}; expected {least} (one token and the specials) {most_text}.")
+
+
 def as_texts(inputs: Any) -> tuple[bool, Iterable[Text]]:
     """Whether it is one text, and the texts: a list where their number is known, else the iterator itself. A text may be token ids."""
     if isinstance(inputs, Tensor):

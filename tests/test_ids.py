@@ -12,8 +12,9 @@ import pytest
 import torch
 from test_recipes import of_type  # noqa: F401 - a fixture
 
-from pyembed import Encoder, engine
+from pyembed import Encoder, engine, request
 from pyembed.recipes import methods
+from pyembed.rows import prepare
 
 Directory = Callable[[str], Path]
 TEXTS = checkpoints.sentences((1, 2, 3, 10, 17, 40, 3))
@@ -118,6 +119,11 @@ def test_texts_beside_ids_are_cut_and_repaired_and_told_of(encoder: Encoder, cap
     ids = encoder.token_ids(TEXTS[:2])
     encoder.encode([ids[0], TEXTS[5], ids[1], "w5 \ud800", TEXTS[4]])
     assert (encoder.stats.truncated, encoder.stats.replaced) == (2, 1)
+    mixed = [[each] for each in (ids[0], TEXTS[5], ids[1], "w5 \ud800", TEXTS[4])]
+    rows = prepare(encoder.tokenizer, request.job(encoder).form, mixed, 0, 64, words=False)
+    assert (rows.truncated, rows.replaced) == ([1, 4], [3])
+    assert [len(each) for each in rows.ids] == [2, 8, 3, 3, 8]
+    assert rows.spans == [(0, len(each)) for each in rows.ids]
     caplog.clear()
     assert [len(each) for each in encoder.token_ids([TEXTS[0], TEXTS[5], "w5 \ud800"])] == [2, 8, 3]
     assert "1 of 3 texts were cut to 8 tokens" in caplog.text
@@ -210,6 +216,11 @@ def test_nothing_can_be_asked_to_stand_before_ids(checkpoint: Directory, of_type
         icl.encode([[5, 6]], examples=[("a", "b")])
     with pytest.raises(ValueError, match="nothing is put before ids"):
         icl.encode_query([[5, 6]])
+    named = Encoder(of_type("llama", True), template="promptreps", device="cpu", dtype="float32")
+    assert not any(named.prompts.values()), "its names choose templates"
+    named.encode([[5, 6]])
+    with pytest.raises(ValueError, match="nothing is put before ids"):
+        named.encode_query([[5, 6]])
 
 
 def test_ids_do_not_tell_what_is_pooled(checkpoint: Directory, of_type: Any) -> None:  # noqa: F811

@@ -95,6 +95,9 @@ def test_one_text(encoder: Encoder) -> None:
         tensor = torch.zeros(shape)
         assert encoder.encode(TEXTS[3], out=tensor) is tensor
         assert np.array_equal(tensor.numpy().reshape(48), expected)
+    row = np.zeros(48, np.float32)
+    encoder.encode(TEXTS[3], out=row[None])  # an axis of one, whose stride is 0
+    assert np.array_equal(row, expected)
     with pytest.raises(ValueError, match=r"out has the shape \(2, 48\); expected \(48,\) or \(1, 48\)"):
         encoder.encode(TEXTS[3], out=np.zeros((2, 48), np.float32))
 
