@@ -79,7 +79,9 @@ def run_batch(model: Loaded, reads: Reads, rows: Rows, stop: Stop | None = None)
         prefixes = gathered([(prefix_of(model, head, stop), count) if count else None for head, count in rows.shared], model.device)
         batch: PackedBatch = pack(rows.ids, spans, model.ops, model.device, before)
         mode = heads.reads(model.spec, sparse=reads.logits, narrow=reads.narrow)
-        inside = mode == "lasttoken" or all(first >= count for (first, _), count in zip(spans, before, strict=True))
+        # the first token that is read; a weighted mean (no mode) numbers them from the text's start, so it needs every text whole
+        begin = [max(end - 1, first) if mode == "lasttoken" else first for first, end in spans]
+        inside = mode is not None and all(at >= count for at, count in zip(begin, before, strict=True))
         kept = keep(batch, mode, model.ops) if mode is not None and inside and not reads.tokens else None
         hidden = forward(model.weights, batch, model.ops, kept, prefixes=prefixes, between=partial(check, stop))
         if prefixes is not None and not inside:
