@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_recipes import of_type  # noqa: F401 - a fixture
 from test_reuse import CAUSAL, same
 
-from pyembed import Encoder, engine, prefix, weights
+from pyembed import Encoder, blocks, engine, prefix, weights
 from pyembed.batch import KEYS_PER_TOKEN, pack, plan
 from pyembed.config import Template
 from pyembed.ops import reference
@@ -211,6 +211,16 @@ def test_the_token_that_is_read_may_be_another_texts(checkpoint: Directory, back
     text = checkpoints.sentence(10, 8)
     same(on.encode([text, text + " w7 w5"]), off.encode([text, text + " w7 w5"]), backend)
     assert on.stats.prefix_tokens == 11, "the end of the first text, which is all that is read of it, is run by the second"
+
+
+def test_the_last_layer_computes_what_is_read(checkpoint: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    on, off = pair(checkpoint("llama"), dtype="float32", pooling="lasttoken")
+    rows: list[int] = []
+    mlp = blocks.mlp
+    monkeypatch.setattr(blocks, "mlp", lambda x, *rest: (rows.append(len(x)), mlp(x, *rest))[1])
+    assert np.array_equal(on.encode(TEXTS), off.encode(TEXTS))
+    assert rows[0] > 100
+    assert rows[2] == 16, "one for each of the 13 texts, padded"
 
 
 def test_logits_and_duplicates(of_type: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
