@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_recipes import of_type  # noqa: F401 - a fixture
 from test_reuse import CAUSAL, same
 
-from pyembed import Encoder, blocks, engine, prefix, weights
+from pyembed import Encoder, blocks, engine, planned, prefix, request, runner, weights
 from pyembed.batch import KEYS_PER_TOKEN, pack, plan
 from pyembed.config import Template
 from pyembed.ops import reference
@@ -51,8 +51,8 @@ def pair(directory: Path, **arguments: Any) -> tuple[Encoder, Encoder]:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens of each forward pass to come."""
     seen: list[int] = []
-    forward = engine.forward
-    monkeypatch.setattr(engine, "forward", lambda *given, **named: (seen.append(sum(given[1].lengths)), forward(*given, **named))[1])
+    forward = runner.forward
+    monkeypatch.setattr(runner, "forward", lambda *given, **named: (seen.append(sum(given[1].lengths)), forward(*given, **named))[1])
     return seen
 
 
@@ -110,7 +110,8 @@ def test_any_texts_prompts_budgets_and_windows(
     arguments = {"dtype": dtype, "pooling": pooling, "include_prompt": include, "tokens_per_batch": budget}
     off = Encoder(checkpoint(name), device="cpu", prefix_cache_bytes=0, **arguments)
     on = Encoder(checkpoint(name), device="cpu", prefix_cache_bytes=cache, share_prefixes=True, **arguments)
-    texts = [text or "w6" for text in texts]  # without a special token an empty text is refused
+    if not off.tokenizer.prefix + off.tokenizer.suffix:
+        texts = [text or "w6" for text in texts]  # without a special token an empty text is refused
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "WINDOW_TEXTS", window)
         patch.setattr(prefix, "LEAST", least)
@@ -182,14 +183,35 @@ def test_paths() -> None:
 
 
 def test_the_budget_counts_what_runs_and_bounds_the_keys() -> None:
-    assert plan([10, 10, 10, 10], 20) == [[0, 1], [2, 3]]
-    assert plan([10, 10, 10, 10], 20, overlap=[0, 8, 5, 5]) == [[0, 1, 2], [3]], "10 + 2 + 5, and a batch's first text runs whole"
-    assert plan([10, 10, 10, 10], 20, 2, overlap=[0, 8, 8, 8]) == [[0, 1], [2, 3]]
-    assert plan([3, 5, 4], 20, overlap=[0, 0, 0]) == [[0, 1, 2]], "the order stays"
-    batches = plan([100] * 50, 100, overlap=[0] + [99] * 49)
-    assert [len(batch) for batch in batches] == [1] * 50, "the first leaves no room for another token"
-    batches = plan([100] * 50, 150, overlap=[0] + [99] * 49)
+    tens = [10.0] * 4
+    assert plan(tens, 20) == [[0, 1], [2, 3]]
+    assert plan(tens, 20, behind=[10, 2, 5, 5]) == [[0, 1, 2], [3]], "10 + 2 + 5, and a batch's first text runs whole"
+    assert plan(tens, 20, behind=[10, 2, 5, 11]) == [[0, 1, 2], [3]]
+    assert plan([20, 10, 10], 20, behind=[20, 1, 11]) == [[0], [1], [2]], "10 + 11, not 1 + 11"
+    assert plan(tens, 20, 2, behind=[10, 2, 2, 2]) == [[0, 1], [2, 3]]
+    assert plan([3, 5, 4], 20, behind=[3, 5, 4]) == [[0, 1, 2]], "the order stays"
+    batches = plan([100.0] * 50, 150, behind=[100.0] + [1.0] * 49, keys=[100] * 50)
     assert max(map(len, batches)) == KEYS_PER_TOKEN * 150 // 100
+
+
+def test_batches_are_filled_by_what_runs(checkpoint: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(checkpoint("gemma1"), device="cpu", dtype="float32", share_prefixes=True, tokens_per_batch=100)
+    seen = counted(monkeypatch)
+    texts = [f"{checkpoints.sentence(60, 7)} w{number}" for number in range(10, 30)]
+    assert len(encoder.tokenizer.encode(texts, None).ids[0]) == 62, "<s>"
+    encoder.encode(texts)
+    assert seen == [62 + 11, 62 + 7], "20 texts would be 81 tokens, but 1240 keys; 12 are 744"
+
+
+def test_a_plan_says_what_runs(checkpoint: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(checkpoint("mistral"), device="cpu", dtype="float32", share_prefixes=True, tokens_per_batch=100)
+    made = planned.plan(encoder._engine, request.job(encoder, prompt=PROMPT), TEXTS)
+    seen = counted(monkeypatch)
+    encoder.encode(TEXTS, prompt=PROMPT)
+    assert seen[1:] == [each.tokens for each in made.batches], "the first is the prompt"
+    assert made.shared == encoder.stats.prefix_tokens
+    assert len(made.batches) > 1
+    assert all(each.tokens <= 100 for each in made.batches)
 
 
 @pytest.mark.parametrize("name", methods())
@@ -245,7 +267,7 @@ def test_states_of_every_token_are_run_whole(checkpoint: Directory) -> None:
 def test_running_out_of_memory_shares_within_each_half(checkpoint: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     on, off = pair(checkpoint("mistral"), dtype="float32")
     expected = off.encode(TEXTS)
-    forward, ran, refused = engine.forward, list[int](), list[int]()
+    forward, ran, refused = runner.forward, list[int](), list[int]()
 
     def scarce(model: Any, batch: Any, *rest: Any, **named: Any) -> Any:
         tokens = sum(batch.lengths)
@@ -255,12 +277,12 @@ def test_running_out_of_memory_shares_within_each_half(checkpoint: Directory, mo
         ran.append(tokens)
         return forward(model, batch, *rest, **named)
 
-    monkeypatch.setattr(engine, "forward", scarce)
+    monkeypatch.setattr(runner, "forward", scarce)
     assert np.array_equal(on.encode(TEXTS), expected)
     assert len(ran) > 2
     assert sum(ran) + on.stats.prefix_tokens == on.stats.tokens
     assert on.stats.prefix_tokens > 20, "texts of a half still share"
-    assert on._loaded.fits == min(refused) // 2
+    assert on._engine.fits == min(refused) // 2
     before = len(refused)
     assert np.array_equal(on.encode(TEXTS), expected)
     assert len(refused) == before, "the next call begins with batches that fit"
