@@ -16,8 +16,12 @@ ROW_MULTIPLE = 16  # with this, a row of torch's CPU GEMMs has the same bits wha
 
 
 def padded(rows: int) -> int:
-    """A number of rows with the spare ones that make it a multiple of ROW_MULTIPLE, at least one of these."""
-    return max(1, -(-rows // ROW_MULTIPLE)) * ROW_MULTIPLE
+    """A number of rows with the spare ones that make it a multiple of ROW_MULTIPLE, and beyond 128 rows one of eight sizes an octave.
+
+    oneDNN builds a GEMM for every number of rows: milliseconds and most of a megabyte each.
+    """
+    step = max(ROW_MULTIPLE, 1 << max(rows - 1, 1).bit_length() >> 4)
+    return max(1, -(-rows // step)) * step
 
 
 @dataclass(frozen=True, slots=True)
