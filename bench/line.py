@@ -1,6 +1,6 @@
 """What the engine adds to the forward pass, and what it saves: duplicates, tokenisation, the last layer, and streams of any length.
 
-    python bench/line.py MODEL_DIR CORPUS.jsonl [--rounds 7] [--threads 2] [--sizes 1000 10000 100000 1000000] [-o FILE.json] [--plot FILE.png]
+    python bench/line.py MODEL_DIR CORPUS.jsonl [--rounds 7] [--threads 2] [--sizes 1000 10000 ...] [-o FILE.json] [--plot FILE.png]
 
 MODEL_DIR is all-MiniLM-L6-v2. Members of a case run one after the other in every round; medians. Streams run in a process each, with a
 tiny causal model; their memory is the process's own (VmRSS), looked at after every window.

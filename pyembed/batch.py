@@ -11,28 +11,43 @@ from torch import Tensor
 
 from pyembed.ops import Ops, PoolMode
 
+KEYS_PER_TOKEN = 8  # of the budget: keys of texts that share tokens are gathered in every layer, and cost memory without being run
 ROW_MULTIPLE = 16  # with this, a row of torch's CPU GEMMs has the same bits whatever else is in the batch
 
 
 def padded(rows: int) -> int:
-    """A number of rows with the spare ones that make it a multiple of ROW_MULTIPLE, at least one of these."""
-    return max(1, -(-rows // ROW_MULTIPLE)) * ROW_MULTIPLE
+    """A number of rows with the spare ones that make it a multiple of ROW_MULTIPLE, and beyond 128 rows one of eight sizes an octave.
+
+    oneDNN builds a GEMM for every number of rows: milliseconds and most of a megabyte each.
+    """
+    step = max(ROW_MULTIPLE, 1 << max(rows - 1, 1).bit_length() >> 4)
+    return max(1, -(-rows // step)) * step
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """The rows of each text's tokens where texts share some: those of texts before it, then its own. What a prefix holds is not in it."""
+
+    rows: Tensor  # [Tk] int64, text after text
+    cu_k: Tensor  # [N + 1] int32, start of each text's rows
+    of_texts: list[np.ndarray]  # [N] the same on the host
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
     input_ids: Tensor  # [T] int64, all sequences end to end; T is a multiple of ROW_MULTIPLE, spare rows belong to nobody
-    positions: Tensor  # [T] int64, restart for each sequence, after its prefix
+    positions: Tensor  # [T] int64, restart for each sequence, after what is before it
     cu_seqlens: Tensor  # [N + 1] int32, start of each sequence; the last entry is at most T
     spans: Tensor  # [N, 2] int32, first and last + 1 token that pooling reads
     lengths: list[int]  # [N] on the host, so that no launch has to read the device
-    before: list[int]  # [N] tokens of a prefix that was run before, which a sequence's queries see
+    before: list[int]  # [N] tokens of a prefix that was run before and of other texts, which a sequence's queries see
     read: list[tuple[int, int]]  # `spans` on the host
     schedule: object  # what ops.schedule(lengths) made
+    paths: Paths | None = None  # None: texts share no tokens
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text, its prefix included."""
+        """Tokens of the longest text, what is before it included."""
         return max((before + own for before, own in zip(self.before, self.lengths, strict=True)), default=1)
 
 
@@ -45,17 +60,30 @@ class Kept:
     batch: PackedBatch  # the kept rows as a batch of their own, whose spans are all of them
 
 
-def plan(costs: Sequence[float], budget: float, max_texts: int | None = None) -> list[list[int]]:
-    """Indices of texts, dearest first, in batches that cost at most `budget` and have at most `max_texts` texts, but one at least."""
+def plan(
+    costs: Sequence[float],
+    budget: float,
+    max_texts: int | None = None,
+    *,
+    behind: Sequence[float] | None = None,
+    keys: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Indices of texts, dearest first, in batches that cost at most `budget` and have at most `max_texts` texts, but one at least.
+
+    With `behind` they stay in their order: it is what a text costs behind the one before it, `costs` what it does at a batch's start.
+    A batch has at most KEYS_PER_TOKEN * budget of the texts' `keys`.
+    """
     batches: list[list[int]] = []
-    cost = 0.0
-    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        full = cost + costs[index] > budget or (max_texts is not None and bool(batches) and len(batches[-1]) >= max_texts)
-        if not batches or full:
+    order = sorted(range(len(costs)), key=lambda i: -costs[i]) if behind is None else range(len(costs))
+    cost, held = 0.0, 0
+    for index in order:
+        more, gathered = costs[index] if behind is None else behind[index], 0 if keys is None else keys[index]
+        full = cost + more > budget or held + gathered > KEYS_PER_TOKEN * budget
+        if not batches or full or (max_texts is not None and len(batches[-1]) >= max_texts):
             batches.append([])
-            cost = 0.0
+            cost, held, more = 0.0, 0, costs[index]
         batches[-1].append(index)
-        cost += costs[index]
+        cost, held = cost + more, held + gathered
     return batches
 
 
@@ -65,12 +93,16 @@ def pack(
     ops: Ops,
     device: torch.device,
     before: Sequence[int] | None = None,
+    overlap: Sequence[int] | None = None,
 ) -> PackedBatch:
     """Texts' ids end to end. `spans[n]` are the first and last + 1 token of text n that pooling reads; None: all of every text.
 
-    `before[n]` tokens at the start of text n were run already and are left out; of its span what lies beyond them is kept.
+    `before[n]` tokens at the start of text n were run already, and the `overlap[n]` after them are those of the text before it: they are
+    left out, and of its span what lies beyond them is kept.
     """
     run = [0] * len(ids) if before is None else list(before)
+    if overlap is not None:
+        run = [count + more for count, more in zip(run, overlap, strict=True)]
     ids = [each[count:] for each, count in zip(ids, run, strict=True)]
     lengths = [len(each) for each in ids]
     starts = np.zeros(len(ids) + 1, dtype=np.int32)
@@ -95,7 +127,18 @@ def pack(
         before=run,
         read=[(first, end) for first, end in read.tolist()],
         schedule=ops.schedule(lengths),
+        paths=None if overlap is None or not any(overlap) else paths(starts, overlap, device),
     )
+
+
+def paths(starts: np.ndarray, overlap: Sequence[int], device: torch.device) -> Paths:
+    """The rows of each text's tokens: the first overlap[n] of the text before it, then its own, from starts[n] to starts[n + 1]."""
+    of_texts: list[np.ndarray] = []
+    for n, shared in enumerate(overlap):
+        own = np.arange(starts[n], starts[n + 1], dtype=np.int64)
+        of_texts.append(np.concatenate([of_texts[-1][:shared], own]) if shared else own)
+    ends = np.cumsum([0, *map(len, of_texts)], dtype=np.int32)
+    return Paths(torch.from_numpy(np.concatenate(of_texts)).to(device), torch.from_numpy(ends).to(device), of_texts)
 
 
 def keep(batch: PackedBatch, mode: PoolMode, ops: Ops) -> Kept:

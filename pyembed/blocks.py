@@ -89,12 +89,15 @@ def attend(x: Tensor, layer: Layer, config: ModelConfig, shared: Shared, ops: Op
         q = q * (1 + config.query_scale * growth).to(q.dtype)[:, None, None]
     if shared.captured is not None:
         shared.captured.append((k.contiguous(), v.contiguous()))
+    cu_k = batch.cu_seqlens
+    if batch.paths is not None:
+        k, v, cu_k = k[batch.paths.rows], v[batch.paths.rows], batch.paths.cu_k
     mixed = ops.attention(
         q,
         k,
         v,
         batch.cu_seqlens if kept is None else kept.batch.cu_seqlens,
-        batch.cu_seqlens,
+        cu_k,
         batch.schedule if kept is None else kept.batch.schedule,
         causal=config.causal,
         window=layer.window,

@@ -62,6 +62,7 @@ class Encoder:
         tokens_per_batch: token budget of a batch; None takes the device's.
         backend: None takes the device's kernels, "reference" plain PyTorch.
         prefix_cache_bytes: memory for prompts' states, which a causal model's texts share (docs/throughput.md); 0 runs every text whole.
+        share_prefixes: texts of a batch run what they begin with in common once (causal models; docs/throughput.md).
         revision, token, cache_folder, local_files_only: for hub ids, as in huggingface_hub.
 
     Raises ValueError, TypeError or OSError with a sentence for what cannot be loaded.
@@ -95,6 +96,7 @@ class Encoder:
         tokens_per_batch: int | None = None,
         backend: Literal["reference"] | None = None,
         prefix_cache_bytes: int | None = None,
+        share_prefixes: bool = False,
         revision: str | None = None,
         token: bool | str | None = None,
         cache_folder: str | None = None,

@@ -22,7 +22,7 @@ from pyembed.job import Engine, Input, Job, Stats, wordings
 from pyembed.rows import extent
 from pyembed.runner import LaneLost, Loaded, Made, Reads, Rows, Stop, Stopped, out_of_memory, run_batch
 from pyembed.tokenizer import Tokenizer
-from pyembed.window import Window, Work, finish, own_tokens, place, prepare, rows_of
+from pyembed.window import Window, Work, finish, place, prepare, room, rows_of
 
 WINDOW_TEXTS = 1024  # texts in flight: what an interrupt loses, and what a stream reads before its first vector
 WINDOW_CHARACTERS = 1 << 18
@@ -211,7 +211,7 @@ class Line:
 
     def run_batch(self, work: Work, batch: list[int], losses: int = 0) -> None:
         """Run a batch on the next free lane and place what comes; in halves where memory runs out or lanes are lost over it."""
-        tokens, fits = own_tokens(work, batch), self.engine.fits
+        tokens, fits = room(work, batch), self.engine.fits
         if fits is not None and tokens > fits and len(batch) > 1:
             return self.halves(work, batch)
         number, started = self.free.get(), time.perf_counter()

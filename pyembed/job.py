@@ -42,7 +42,7 @@ class Stats:
     tokens: int = 0  # specials included
     truncated: int = 0  # texts that were cut to max_seq_length
     replaced: int = 0  # texts whose lone surrogates became U+FFFD
-    prefix_tokens: int = 0  # of `tokens`, those whose states a prompt had already given
+    prefix_tokens: int = 0  # of `tokens`, those whose states a prompt or another text of the batch had already given
     duplicates: int = 0  # rows that repeated another of their window
     busy: float = 0.0  # seconds in which a device computed, summed over the devices
 
@@ -62,6 +62,7 @@ class Job:
     normalize: bool  # L2 after the cut
     narrow: bool = False  # pooling may read less than a text's tokens, whatever the prompt is
     tokens: bool = False  # also return the hidden states of every token
+    share_prefixes: bool = False  # texts of a batch run their common beginnings once
     sparse: Callable[[Tensor, list[str]], list[SparseVector]] | None = None  # makes vectors of logits [n, V] and texts instead
 
     @property

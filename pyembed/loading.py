@@ -13,7 +13,7 @@ import torch
 from pyembed import ops, weights
 from pyembed.config import Family, ModelSpec
 from pyembed.options import native_dtype
-from pyembed.prefix import BYTES, PrefixCache, shareable
+from pyembed.prefix import BYTES, PrefixCache, obstacle, shareable
 from pyembed.probes import check_ids, check_mask
 from pyembed.runner import Loaded
 from pyembed.stack import Stack
@@ -33,14 +33,17 @@ def load(
     adapter: str | None,
     settings: Mapping[str, Any],
 ) -> Loaded:
-    """The model of `stack` with one of its adapters merged. `dtype` None: the device's own. `settings` are Encoder's backend and
-    prefix_cache_bytes.
+    """The model of `stack` with one of its adapters merged. `dtype` None: the device's own. `settings` are Encoder's backend,
+    prefix_cache_bytes and share_prefixes.
 
-    ValueError for a dtype that the family cannot take, and for weights or a tokenizer that are not what files and recipe claim.
+    ValueError for a dtype that the family cannot take, for share_prefixes where texts cannot share, and for weights or a tokenizer that
+    are not what files and recipe claim.
     """
     dtype, backend, room = dtype or native_dtype(device), settings["backend"], settings["prefix_cache_bytes"]
     if dtype == torch.float16 and not family.float16:
         raise ValueError(f"{family.name} models overflow in float16; use dtype='bfloat16' or 'float32'.")
+    if settings["share_prefixes"] and (why := obstacle(spec)) is not None:
+        raise ValueError(f"share_prefixes=True was given, but texts of this model cannot share what they begin with: {why}; leave it out.")
     slow = device.type == "cpu" and dtype == torch.float16  # no kernels: no CPU we know computes faster in it
     module = ops.select(device, reference=slow or backend == "reference")
     if slow:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pyembed.engine import windows
 from pyembed.job import Engine, Input, Job
-from pyembed.window import cost, own_tokens, prepare
+from pyembed.window import cost, given, prepare
 
 SHOWN = 40  # batches that are printed
 
@@ -28,11 +28,11 @@ class Plan:
     texts: int
     tokens: int  # of all texts
     duplicates: int  # rows that repeat another of their window
-    shared: int  # tokens whose states a prompt gives
+    shared: int  # tokens whose states a prompt or another text of the batch gives
 
     def __str__(self) -> str:
         run = sum(each.tokens for each in self.batches)
-        saved = f"{self.shared:,} given by prompts, {self.tokens - run - self.shared:,} in {self.duplicates:,} duplicates"
+        saved = f"{self.shared:,} given by prompts or other texts, {self.tokens - run - self.shared:,} in {self.duplicates:,} duplicates"
         lines = [
             f"{self.texts:,} texts, {self.tokens:,} tokens: {run:,} are run ({saved}), in {len(self.batches):,} batches of {self.budget:,}",
             f"{'batch':>7} {'window':>7} {'texts':>7} {'tokens':>9} {'longest':>8} {'of budget':>10}",
@@ -52,8 +52,10 @@ def plan(engine: Engine, job: Job, inputs: Iterable[Input]) -> Plan:
         work = prepare(engine, job, window, texts)
         lengths = [len(ids) for ids in work.rows.ids]
         for rows in work.batches:
-            costs = [cost(lengths[row], work.shared[row][1], job.budget.balance) for row in rows]
-            batches.append(Batch(number, len(rows), own_tokens(work, rows), max(lengths[row] for row in rows), sum(costs)))
-            shared += sum(work.shared[row][1] for row in rows)
+            less = given(work, rows)
+            costs = [cost(lengths[row], saved, job.budget.balance) for row, saved in zip(rows, less, strict=True)]
+            run = sum(lengths[row] for row in rows) - sum(less)
+            batches.append(Batch(number, len(rows), run, max(lengths[row] for row in rows), sum(costs)))
+            shared += sum(less)
         texts, tokens, duplicates = texts + len(window), tokens + sum(lengths), duplicates + len(work.twins)
     return Plan(tuple(batches), job.budget.tokens, texts, tokens, duplicates, shared)

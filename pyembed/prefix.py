@@ -1,7 +1,8 @@
-"""What many texts begin with, run once: the keys, values and hidden states of a prompt's tokens, kept for the texts that follow.
+"""What many texts begin with, run once: the keys, values and hidden states of a prompt's tokens, kept for the texts that follow; and of
+texts in one batch the tokens that those before them have run.
 
-Only causal models can share: there a token's states depend on nothing that comes after it. Which tokens a text shares is decided by its
-own ids and its prompt's, never by its neighbours.
+Only causal models can share: there a token's states depend on nothing that comes after it. Which tokens a text shares with its prompt is
+decided by its own ids and its prompt's, never by its neighbours.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -66,23 +68,22 @@ class Prefixes:
     starts: list[int]  # [N] each text's first row of `hidden`
 
 
-def shareable(spec: ModelSpec) -> bool:
-    """Whether texts may share a beginning."""
-    return not obstacle(spec)
-
-
-def obstacle(spec: ModelSpec) -> str:
-    """Why a model's texts cannot share a beginning; "" where they can."""
+def obstacle(spec: ModelSpec) -> str | None:
+    """Why texts may not share a beginning; None where they may: what is read of a token depends on it and those before it alone."""
     config = spec.model
     if not config.causal:
-        return "bidirectional"
-    if config.position_pad is not None:
-        return "positions pass over padding"
+        return "its tokens see those after them"
     if any(rope.kind in ("dynamic", "longrope") for rope in config.ropes):
-        return "positions depend on a text's length"
+        return "its rotary positions depend on a text's length"
+    if config.position_pad is not None:
+        return "its positions depend on which tokens are padding"
     if config.per_layer_dim is not None:
-        return "embeddings in every layer"
-    return "pooled at the first token" if spec.pooling.modes == ("cls",) else ""
+        return "its layers mix their tokens' embeddings in, for which it is not built"
+    return "it is pooled at the first token" if spec.pooling.modes == ("cls",) else None
+
+
+def shareable(spec: ModelSpec) -> bool:
+    return obstacle(spec) is None
 
 
 def shared_tokens(ids: np.ndarray, head: np.ndarray) -> int:
@@ -91,6 +92,23 @@ def shared_tokens(ids: np.ndarray, head: np.ndarray) -> int:
     differ = np.flatnonzero(ids[:most] != head[:most])
     count = int(differ[0]) if len(differ) else most
     return count if count >= LEAST else 0
+
+
+def neighbours(rows: Sequence[int], ids: Sequence[np.ndarray], before: Sequence[int]) -> list[int]:
+    """`rows` in an order that puts those with a common beginning next to each other, the shorter one first; `before` as `overlaps`."""
+    return sorted(rows, key=lambda n: (before[n], ids[n].astype(">u4").tobytes()))
+
+
+def overlaps(ids: Sequence[np.ndarray], before: Sequence[int]) -> list[int]:
+    """For each text the tokens beyond its first before[n], a prefix that was run, that it shares with the text in front of it.
+
+    In the order of `neighbours` no other text in front of it shares more. Texts with different prefixes share nothing.
+    """
+    counts = [0] * len(ids)
+    for n, ((last, skipped), (own, skip)) in enumerate(pairwise(zip(ids, before, strict=True)), start=1):
+        if skip == skipped and np.array_equal(own[:skip], last[:skip]):
+            counts[n] = shared_tokens(own[skip:], last[skip:])
+    return counts
 
 
 def gathered(runs: Sequence[tuple[Run, int] | None], device: torch.device) -> Prefixes | None:
@@ -111,16 +129,20 @@ def gathered(runs: Sequence[tuple[Run, int] | None], device: torch.device) -> Pr
     return Prefixes(layers, cat([run.hidden[:count] for run, count in parts]), [int(starts[max(each, 0)]) for each in of])
 
 
-def joined(hidden: Tensor, batch: PackedBatch, prefixes: Prefixes, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, PackedBatch]:
-    """Hidden states with each text's prefix before its own rows, as a batch for pooling; `spans` are those of the whole texts."""
+def joined(hidden: Tensor, batch: PackedBatch, prefixes: Prefixes | None, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, PackedBatch]:
+    """Hidden states of whole texts, what each shares before its own rows, as a batch for pooling; `spans` are those of the whole texts."""
     lengths = [before + own for before, own in zip(batch.before, batch.lengths, strict=True)]
     ends = np.cumsum([0, *lengths], dtype=np.int32)
-    own = len(prefixes.hidden) + np.cumsum([0, *batch.lengths])
+    if prefixes is not None:
+        hidden = torch.cat([prefixes.hidden, hidden])
+    first = 0 if prefixes is None else len(prefixes.hidden)
+    own = np.cumsum([0, *batch.lengths])
     rows = np.zeros(padded(int(ends[-1])), dtype=np.int64)
-    for n, start in enumerate(ends[:-1]):
-        before = batch.before[n]
-        rows[start : start + before] = np.arange(prefixes.starts[n], prefixes.starts[n] + before)
-        rows[start + before : ends[n + 1]] = np.arange(own[n], own[n + 1])
+    for n, (start, end) in enumerate(pairwise(ends)):
+        path = np.arange(own[n], own[n + 1]) if batch.paths is None else batch.paths.of_texts[n]
+        rows[end - len(path) : end] = first + path
+        if prefixes is not None:
+            rows[start : end - len(path)] = prefixes.starts[n] + np.arange(end - len(path) - start)
     read = np.array(spans, dtype=np.int32).reshape(len(lengths), 2) + ends[:-1, None]
     device = hidden.device
     whole = PackedBatch(
@@ -133,4 +155,4 @@ def joined(hidden: Tensor, batch: PackedBatch, prefixes: Prefixes, spans: Sequen
         read=[(first, end) for first, end in read.tolist()],
         schedule=None,
     )
-    return torch.cat([prefixes.hidden, hidden])[torch.from_numpy(rows).to(device)], whole
+    return hidden[torch.from_numpy(rows).to(device)], whole

@@ -61,6 +61,7 @@ def job(
         dim=dim,
         normalize=normalize,
         tokens=tokens,
+        share_prefixes=encoder._arguments["share_prefixes"] and not tokens,  # those of every token are asked for
     )
 
 

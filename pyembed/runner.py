@@ -48,6 +48,7 @@ class Rows:
     ids: Sequence[np.ndarray]  # [length] int32 each
     spans: Sequence[tuple[int, int]]  # first and last + 1 token that pooling reads
     shared: Sequence[Shared]
+    overlap: Sequence[int] | None = None  # tokens after those that each text shares with the one in front of it
 
 
 @dataclass(slots=True)
@@ -75,14 +76,15 @@ def run_batch(model: Loaded, reads: Reads, rows: Rows, stop: Stop | None = None)
     """Vectors or logits of the rows, and their token states if asked for. Stopped where `stop` says so between two layers."""
     with device_of(model):
         spans = [(0, len(each)) for each in rows.ids] if reads.logits else rows.spans
-        before = [count for _, count in rows.shared]
         prefixes = gathered([(prefix_of(model, head, stop), count) if count else None for head, count in rows.shared], model.device)
-        batch: PackedBatch = pack(rows.ids, spans, model.ops, model.device, before)
+        batch: PackedBatch = pack(rows.ids, spans, model.ops, model.device, [count for _, count in rows.shared], rows.overlap)
         mode = heads.reads(model.spec, sparse=reads.logits, narrow=reads.narrow)
-        inside = mode == "lasttoken" or all(first >= count for (first, _), count in zip(spans, before, strict=True))
+        # the first token that is read; a weighted mean (no mode) numbers them from the text's start, so it needs every text whole
+        begin = [max(end - 1, first) if mode == "lasttoken" else first for first, end in spans]
+        inside = mode is not None and all(at >= count for at, count in zip(begin, batch.before, strict=True))
         kept = keep(batch, mode, model.ops) if mode is not None and inside and not reads.tokens else None
         hidden = forward(model.weights, batch, model.ops, kept, prefixes=prefixes, between=partial(check, stop))
-        if prefixes is not None and not inside:
+        if any(batch.before) and not inside:
             hidden, batch = joined(hidden, batch, prefixes, spans)
         make = heads.logits if reads.logits else partial(heads.pool, spec=model.spec)
         vectors = make(hidden, weights=model.weights, batch=batch if kept is None else kept.batch, ops=model.ops)

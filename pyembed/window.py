@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyembed import prompts
-from pyembed.batch import plan
+from pyembed.batch import KEYS_PER_TOKEN, plan
 from pyembed.config import ModelSpec
 from pyembed.job import Engine, Input, Job, Stats, wordings
-from pyembed.prefix import shared_tokens
+from pyembed.prefix import neighbours, overlaps, shared_tokens
 from pyembed.rows import Text
 from pyembed.rows import prepare as prepared
 from pyembed.runner import Made, Rows, Shared
@@ -32,6 +32,7 @@ class Work:
     texts: list[Text]  # per variant
     rows: prompts.Prepared
     shared: list[Shared]  # per row
+    overlapping: bool  # rows of a batch run their common beginnings once
     twins: dict[int, int]  # rows that repeat another one, which alone is run
     batches: list[list[int]]  # rows
     cut: int  # texts that were cut
@@ -65,13 +66,19 @@ def prepare(engine: Engine, job: Job, inputs: Sequence[Input], first: int) -> Wo
     shared = beginnings(engine, job, rows)
     twins = duplicates(rows) if job.sparse is None else {}
     alone = [row for row in range(len(rows.ids)) if row not in twins]
-    costs = [cost(len(rows.ids[row]), shared[row][1], job.budget.balance) for row in alone]
-    batches = plan(costs, min(job.budget.tokens, engine.fits or job.budget.tokens), job.max_texts)
+    before, behind, keys = [count for _, count in shared], None, None
+    if job.share_prefixes:
+        alone = neighbours(alone, rows.ids, before)
+        overlap = overlaps([rows.ids[row] for row in alone], [before[row] for row in alone])
+        behind = [cost(len(rows.ids[row]), before[row] + more, job.budget.balance) for row, more in zip(alone, overlap, strict=True)]
+        keys = [len(rows.ids[row]) - before[row] for row in alone]
+    costs = [cost(len(rows.ids[row]), before[row], job.budget.balance) for row in alone]
+    batches = plan(costs, min(job.budget.tokens, engine.fits or job.budget.tokens), job.max_texts, behind=behind, keys=keys)
     # variants of a text are texts to the templates, so that either is told by the index of its input
     cut, repaired = ({int(owner[row * len(job.form.templates)]) for row in found} for found in (rows.truncated, rows.replaced))
     planned = [[alone[n] for n in batch] for batch in batches]
     texts = [text for group in groups for text in group]
-    return Work(first, counts, owner, texts, rows, shared, twins, planned, len(cut), len(repaired))
+    return Work(first, counts, owner, texts, rows, shared, job.share_prefixes, twins, planned, len(cut), len(repaired))
 
 
 def cost(length: int, shared: int, balance: float) -> float:
@@ -113,14 +120,27 @@ def check_rows(spec: ModelSpec, ids: Sequence[np.ndarray], inputs: np.ndarray) -
             )
 
 
-def own_tokens(work: Work, batch: Sequence[int]) -> int:
-    """Tokens of a batch that have to be run."""
-    return sum(len(work.rows.ids[row]) - work.shared[row][1] for row in batch)
+def overlap_of(work: Work, batch: Sequence[int]) -> list[int] | None:
+    """Tokens that each row of a batch shares with the one in front of it; None where rows do not share."""
+    return overlaps([work.rows.ids[row] for row in batch], [work.shared[row][1] for row in batch]) if work.overlapping else None
+
+
+def given(work: Work, batch: Sequence[int]) -> list[int]:
+    """Tokens of each row of a batch that need not be run: a prompt or other rows give their states."""
+    overlap = overlap_of(work, batch) or [0] * len(batch)
+    return [work.shared[row][1] + more for row, more in zip(batch, overlap, strict=True)]
+
+
+def room(work: Work, batch: Sequence[int]) -> int:
+    """What a batch takes of the tokens that fit: those that have to be run, or its share of keys where rows share most of theirs."""
+    keys = sum(len(work.rows.ids[row]) - work.shared[row][1] for row in batch)
+    return max(keys - sum(overlap_of(work, batch) or ()), keys // KEYS_PER_TOKEN)
 
 
 def rows_of(work: Work, batch: Sequence[int]) -> Rows:
     """What a lane is given of a batch."""
-    return Rows([work.rows.ids[n] for n in batch], [work.rows.spans[n] for n in batch], [work.shared[n] for n in batch])
+    ids, spans = [work.rows.ids[row] for row in batch], [work.rows.spans[row] for row in batch]
+    return Rows(ids, spans, [work.shared[row] for row in batch], overlap_of(work, batch))
 
 
 def place(engine: Engine, job: Job, work: Work, batch: Sequence[int], made: Made) -> Stats:
@@ -139,7 +159,7 @@ def place(engine: Engine, job: Job, work: Work, batch: Sequence[int], made: Made
             work.vectors = torch.empty((len(work.owner), vectors.shape[1]), dtype=torch.float32, device="cpu")
     work.vectors[list(batch)] = vectors
     work.states.update(zip(batch, states, strict=False))
-    return counted(work, batch, prefix_tokens=sum(work.shared[row][1] for row in batch))
+    return counted(work, batch, prefix_tokens=sum(given(work, batch)))
 
 
 def counted(work: Work, batch: Sequence[int], *, prefix_tokens: int = 0, duplicates: int = 0) -> Stats:

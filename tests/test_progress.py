@@ -176,9 +176,9 @@ def test_repr_shows_the_cache_of_prompts(checkpoint: Directory, tmp_path: Path) 
     assert cache(made) == f"{size / 2**20:.2g} of 256 MiB"
     assert cache(Encoder(checkpoint("llama"), device="cpu", prefix_cache_bytes=3 << 19)) == "0 of 1.5 MiB"
     assert cache(Encoder(checkpoint("llama"), device="cpu", prefix_cache_bytes=0)) == "off"
-    assert cache(Encoder(checkpoint("bert"), device="cpu")) == "none (bidirectional)"
-    assert cache(Encoder(checkpoint("bert"), device="cpu", prefix_cache_bytes=0)) == "none (bidirectional)"
-    assert cache(Encoder(checkpoint("llama"), device="cpu", pooling="cls")) == "none (pooled at the first token)"
+    assert cache(Encoder(checkpoint("bert"), device="cpu")) == "none (its tokens see those after them)"
+    assert cache(Encoder(checkpoint("bert"), device="cpu", prefix_cache_bytes=0)) == "none (its tokens see those after them)"
+    assert cache(Encoder(checkpoint("llama"), device="cpu", pooling="cls")) == "none (it is pooled at the first token)"
     scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 500.0}
     directory = checkpoints.edit(checkpoint("llama"), tmp_path / "dynamic", rope_parameters=scaling)
-    assert cache(Encoder(directory, device="cpu")) == "none (positions depend on a text's length)"
+    assert cache(Encoder(directory, device="cpu")) == "none (its rotary positions depend on a text's length)"
