@@ -279,7 +279,8 @@ class Encoder:
         if out is not None:
             check_out(out, count, width, precision, single=single, to_tensor=convert_to_tensor)
         rows: Iterable[Input] = texts if variants is None else with_variants(texts, [variants] if single else variants)
-        with running(self._engine, job, rows, show_progress_bar, count, self.max_seq_length) as windows:
+        once = count is not None and not job.tokens  # all texts are at hand, and so are their rows
+        with running(self._engine, job, rows, show_progress_bar, count, self.max_seq_length, once=once) as windows:
             if job.tokens:
                 items = per_token(windows, everything=output_value is None)
                 return items[0] if single else items

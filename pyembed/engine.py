@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -43,29 +43,42 @@ def local(model: Loaded, tokenizer: Tokenizer) -> Engine:
     return Engine(model.spec, tokenizer, (lane,), (model.device,), model.dtype, model.adapter, budget, reuses, model)
 
 
-def windows(inputs: Iterable[Input], times: int = 1) -> Iterator[tuple[list[Input], bool]]:
-    """Consecutive inputs in lists that end at so many times WINDOW_TEXTS inputs or WINDOW_CHARACTERS, and whether there may be more.
+@dataclass(slots=True)
+class Chunk:
+    """Consecutive inputs, as they are read: those of one window."""
 
-    What the caller's iterator raises comes after the inputs that it gave before.
+    inputs: list[Input] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)  # of each input among all of the call
+    repeats: list[tuple[int, int]] = field(default_factory=list)  # numbers of inputs that repeat an earlier text, and of that one
+
+
+def windows(inputs: Iterable[Input], times: int = 1, *, once: bool = False) -> Iterator[tuple[Chunk, bool]]:
+    """Chunks that end at so many times WINDOW_TEXTS inputs or WINDOW_CHARACTERS, and whether there may be more.
+
+    With `once` a text that was read before is not an input but a repeat. What the caller's iterator raises comes after the inputs that
+    it gave before.
     """
-    window: list[Input] = []
-    characters = count = 0
+    chunk, characters, number = Chunk(), 0, -1
+    seen: dict[str, int] = {}
     try:
-        for each in inputs:
-            window.append(each)
+        for number, each in enumerate(inputs):
+            if once and isinstance(each, str) and (earlier := seen.setdefault(each, number)) != number:
+                chunk.repeats.append((number, earlier))
+                continue
+            chunk.inputs.append(each)
+            chunk.numbers.append(number)
             characters += sum(map(extent, wordings(each)))
-            if len(window) == WINDOW_TEXTS * times or characters >= WINDOW_CHARACTERS * times:
-                yield window, True
-                count += len(window)
-                window, characters = [], 0
+            if len(chunk.inputs) == WINDOW_TEXTS * times or characters >= WINDOW_CHARACTERS * times:
+                yield chunk, True
+                chunk, characters = Chunk(), 0
     except Exception as error:
         if hasattr(error, "add_note"):  # Python 3.11
-            error.add_note(f"Raised by the iterable of inputs, instead of input {count + len(window)}.")
-        if window:
-            yield window, True
+            error.add_note(f"Raised by the iterable of inputs, instead of input {number + 1}.")
+        if chunk.inputs or chunk.repeats:
+            yield chunk, True
         raise
-    if window:
-        yield window, False
+    if chunk.inputs or chunk.repeats:
+        yield chunk, False
 
 
 def check_process(engine: Engine) -> None:
@@ -77,26 +90,29 @@ def check_process(engine: Engine) -> None:
         )
 
 
-def run(engine: Engine, job: Job, inputs: Iterable[Input], advance: Advance | None = None) -> Generator[Window, None, None]:
+def run(
+    engine: Engine, job: Job, inputs: Iterable[Input], advance: Advance | None = None, *, once: bool = False
+) -> Generator[Window, None, None]:
     """Results window by window, memory independent of how many texts there are. `advance` is told what each finished batch adds.
 
-    An exception comes after the results of the windows before it.
+    With `once` a text that repeats an earlier one of the call is left to the caller (`Window.repeats`), for which all texts are kept. An
+    exception comes after the results of the windows before it.
     """
     line = Line(engine, job, advance)
-    source, more, first, failure = windows(inputs, job.budget.windows), True, 0, None
+    source, more, begun, failure = windows(inputs, job.budget.windows, once=once), True, False, None
     under_way: deque[Ticket] = deque()
     try:
         while more or under_way:
             while more and len(under_way) < AHEAD and not (under_way and under_way[0].done.is_set()):
                 check_process(engine)
                 try:
-                    window, more = next(source, ([], False))
+                    chunk, more = next(source, (Chunk(), False))
                 except Exception as error:
                     failure, more = error, False
                     break
-                if window:
-                    under_way.append(line.start(window, first, only=not more and first == 0))
-                    first += len(window)
+                if chunk.inputs or chunk.repeats:
+                    under_way.append(line.start(chunk, only=not more and not begun))
+                    begun = True
             if under_way:
                 check_process(engine)
                 yield line.result(under_way.popleft())
@@ -110,6 +126,7 @@ def run(engine: Engine, job: Job, inputs: Iterable[Input], advance: Advance | No
 class Ticket:
     """A window under way."""
 
+    chunk: Chunk
     work: Work | None = None
     left: int = 0  # batches to run
     error: BaseException | None = None
@@ -134,12 +151,16 @@ class Line:
         self.caller = threading.current_thread()
         self.closed = threading.Event()
         self.lock = threading.Lock()
+        self.cut: set[int] = set()  # numbers of texts that were cut
 
-    def start(self, inputs: Sequence[Input], first: int, *, only: bool) -> Ticket:
+    def start(self, chunk: Chunk, *, only: bool) -> Ticket:
         """Send a window on its way; where it is the call's only one and there is one lane, run it here."""
-        ticket = Ticket()
+        ticket = Ticket(chunk)
+        if not chunk.inputs:
+            ticket.done.set()
+            return ticket
         if only and len(self.engine.lanes) == 1:
-            ticket.work = prepare(self.engine, self.job, inputs, first)
+            ticket.work = prepare(self.engine, self.job, chunk.inputs, chunk.numbers)
             for batch in ticket.work.batches:
                 self.run_batch(ticket.work, batch)
             ticket.done.set()
@@ -149,7 +170,7 @@ class Line:
             self.threads = [threading.Thread(target=self.loop, args=(tasks, torch.get_num_threads())) for tasks in loops]
             for thread in self.threads:
                 thread.start()
-        self.windows.put(partial(self.prepare, ticket, inputs, first))
+        self.windows.put(partial(self.prepare, ticket))
         return ticket
 
     def result(self, ticket: Ticket) -> Window:
@@ -157,8 +178,7 @@ class Line:
         ticket.done.wait()
         if ticket.error is not None:
             raise ticket.error
-        assert ticket.work is not None
-        window, counts = finish(self.engine, self.job, ticket.work)
+        window, counts = finish(self.engine, self.job, ticket.work, ticket.chunk.repeats, self.cut)
         self.report(counts)
         return window
 
@@ -187,9 +207,9 @@ class Line:
                 continue
             task()
 
-    def prepare(self, ticket: Ticket, inputs: Sequence[Input], first: int) -> None:
+    def prepare(self, ticket: Ticket) -> None:
         try:
-            ticket.work = prepare(self.engine, self.job, inputs, first)
+            ticket.work = prepare(self.engine, self.job, ticket.chunk.inputs, ticket.chunk.numbers)
         except BaseException as error:
             ticket.fail(error)
             return
@@ -250,7 +270,7 @@ class Line:
     def hopeless(self, work: Work, row: int, error: Exception, number: int) -> Exception:
         """The error for a text that cannot be run."""
         if isinstance(error, LaneLost):
-            index = work.first + work.owner[row]
+            index = work.numbers[work.owner[row]]
             return RuntimeError(f"Input {index} ended {LOSSES} worker processes one after the other; the last: {error}")
         return MemoryError(f"One text alone does not fit into the memory of {self.engine.devices[number]}; lower max_seq_length.")
 

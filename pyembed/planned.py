@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pyembed.engine import windows
@@ -26,8 +26,8 @@ class Plan:
     batches: tuple[Batch, ...]
     budget: int
     texts: int
-    tokens: int  # of all texts
-    duplicates: int  # rows that repeat another of their window
+    tokens: int  # of all texts that are tokenised
+    duplicates: int  # texts, or rows of a window, that repeat an earlier one
     shared: int  # tokens whose states a prompt or another text of the batch gives
 
     def __str__(self) -> str:
@@ -48,8 +48,11 @@ class Plan:
 def plan(engine: Engine, job: Job, inputs: Iterable[Input]) -> Plan:
     """Tokenise all inputs and plan them as `engine.run` would."""
     batches, texts, tokens, duplicates, shared = [], 0, 0, 0, 0
-    for number, (window, _) in enumerate(windows(inputs, job.budget.windows)):
-        work = prepare(engine, job, window, texts)
+    for number, (chunk, _) in enumerate(windows(inputs, job.budget.windows, once=isinstance(inputs, Sequence))):
+        texts, duplicates = texts + len(chunk.inputs) + len(chunk.repeats), duplicates + len(chunk.repeats)
+        if not chunk.inputs:
+            break
+        work = prepare(engine, job, chunk.inputs, chunk.numbers)
         lengths = [len(ids) for ids in work.rows.ids]
         for rows in work.batches:
             less = given(work, rows)
@@ -57,5 +60,5 @@ def plan(engine: Engine, job: Job, inputs: Iterable[Input]) -> Plan:
             run = sum(lengths[row] for row in rows) - sum(less)
             batches.append(Batch(number, len(rows), run, max(lengths[row] for row in rows), sum(costs)))
             shared += sum(less)
-        texts, tokens, duplicates = texts + len(window), tokens + sum(lengths), duplicates + len(work.twins)
+        tokens, duplicates = tokens + sum(lengths), duplicates + len(work.twins)
     return Plan(tuple(batches), job.budget.tokens, texts, tokens, duplicates, shared)

@@ -24,17 +24,21 @@ INTEGERS: dict[Precision, str] = {"int8": "int8", "uint8": "uint8", "binary": "i
 
 @contextmanager
 def running(
-    serving: Engine, job: Job, inputs: Iterable[Input], show: bool | None, total: int | None, limit: int | None
+    serving: Engine, job: Job, inputs: Iterable[Input], show: bool | None, total: int | None, limit: int | None, *, once: bool = False
 ) -> Iterator[Iterator[Window]]:
-    """The engine's windows under a progress bar; after them it is told how many texts were cut to `limit` tokens or repaired."""
+    """The engine's windows under a progress bar; after them it is told how many texts were cut to `limit` tokens or repaired. `once` as
+    in engine.run."""
     seen = Stats()
 
     def counted(windows: Iterable[Window]) -> Iterator[Window]:
         for window in windows:
-            seen.add(Stats(window.texts, truncated=window.truncated, replaced=window.replaced))
+            seen.add(Stats(len(window.numbers) + len(window.repeats), truncated=window.truncated, replaced=window.replaced))
             yield window
 
-    with progress(show, total, devices=len(serving.lanes)) as advance, closing(engine.run(serving, job, inputs, advance)) as windows:
+    with (
+        progress(show, total, devices=len(serving.lanes)) as advance,
+        closing(engine.run(serving, job, inputs, advance, once=once)) as windows,
+    ):
         yield counted(windows)
     report(seen, limit)
 
@@ -127,20 +131,31 @@ def fill(results: Iterable[Window], rows: Any, stored: Stored | None) -> int:
     kind = str(rows.dtype).removeprefix("torch.")
     filled = 0
     for window in results:
-        vectors = window.vectors[: len(rows) - filled]
-        part = vectors if stored is None else torch.from_numpy(stored(vectors.numpy()))
+        numbers = window.numbers[: np.searchsorted(window.numbers, len(rows))]
+        vectors = window.vectors[: len(numbers)]
+        part = vectors if stored is None or not len(vectors) else torch.from_numpy(stored(vectors.numpy()))
         part = part.to(getattr(torch, kind))
         if part.is_floating_point() and not bool((finite := torch.isfinite(part)).all()):
             row, place = map(int, (~finite).nonzero()[0])
             raise ValueError(
-                f"Input {filled + row} gives a vector with {vectors[row, place]:g} in it, which {kind} cannot hold; give a float32 out."
+                f"Input {numbers[row]} gives a vector with {vectors[row, place]:g} in it, which {kind} cannot hold; give a float32 out."
             )
-        with torch.inference_mode():
-            rows[filled : filled + len(part)] = part if isinstance(rows, Tensor) else part.numpy()
-        filled += len(part)
-        if len(part) < window.texts:
+        if len(numbers):
+            write(rows, numbers, part if isinstance(rows, Tensor) else part.numpy())
+        if window.repeats:
+            again, earlier = np.array(window.repeats).T
+            write(rows, again, rows[earlier])
+        filled += len(numbers) + len(window.repeats)
+        if len(numbers) < len(window.numbers):
             raise ValueError(f"out has {len(rows)} rows, but there are more inputs; the rows are written. Give an out with more.")
     return filled
+
+
+def write(rows: Any, numbers: np.ndarray, part: Any) -> None:
+    """rows[numbers] = part; ascending numbers without a gap are a slice, which is quicker."""
+    first, end = int(numbers[0]), int(numbers[-1]) + 1
+    with torch.inference_mode():
+        rows[slice(first, end) if end - first == len(numbers) else numbers] = part
 
 
 def check_out(out: Any, count: int | None, width: int, precision: Precision, *, single: bool, to_tensor: bool) -> None:

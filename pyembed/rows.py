@@ -83,9 +83,11 @@ def check_ids(ids: np.ndarray, index: int, limit: int | None, vocab_size: int) -
     return ids.astype(np.int32)
 
 
-def prepare(tokenizer: Tokenizer, form: Form, groups: Sequence[Sequence[Text]], first: int, vocab_size: int, *, words: bool) -> Prepared:
-    """Rows of inputs, each in one or several wordings; `first` is the index of the first of them, for errors. `words`: texts alone."""
-    texts = [(first + index, text) for index, group in enumerate(groups) for text in group]
+def prepare(
+    tokenizer: Tokenizer, form: Form, groups: Sequence[Sequence[Text]], numbers: Sequence[int], vocab_size: int, *, words: bool
+) -> Prepared:
+    """Rows of inputs, each in one or several wordings; `numbers` are their places in the call, for errors. `words`: texts alone."""
+    texts = [(index, text) for index, group in zip(numbers, groups, strict=True) for text in group]
     given = {n: as_ids(text, index) for n, (index, text) in enumerate(texts) if not isinstance(text, str)}
     if not given:
         return prompts.prepare(tokenizer, form, [text for _, text in texts if isinstance(text, str)])

@@ -26,7 +26,7 @@ from pyembed.sparse import SparseVector
 class Work:
     """Consecutive texts on their way. A text has as many rows as templates and variants."""
 
-    first: int  # number of the first text among all of the call
+    numbers: np.ndarray  # [texts] of each text among all of the call
     counts: list[int]  # rows of each text
     owner: np.ndarray  # [rows] the text of each row
     texts: list[Text]  # per variant
@@ -35,8 +35,8 @@ class Work:
     overlapping: bool  # rows of a batch run their common beginnings once
     twins: dict[int, int]  # rows that repeat another one, which alone is run
     batches: list[list[int]]  # rows
-    cut: int  # texts that were cut
-    repaired: int  # texts whose lone surrogates became U+FFFD
+    cut: set[int]  # texts that were cut
+    repaired: set[int]  # texts whose lone surrogates became U+FFFD
     vectors: Tensor | None = None  # [rows, D] float32
     states: dict[int, Tensor] = field(default_factory=dict)  # per row [length, D]
     sparse: dict[int, SparseVector] = field(default_factory=dict)  # per row
@@ -48,7 +48,8 @@ class Window:
     """Results of consecutive texts, in their order."""
 
     vectors: Tensor  # [n, dim] float32 on the CPU
-    texts: int
+    numbers: np.ndarray  # [n] place of each text among all of the call
+    repeats: Sequence[tuple[int, int]]  # places of texts that repeat an earlier one, and of that one; they have no vector here
     ids: list[np.ndarray]  # [length] int32 per row
     states: list[Tensor]  # [length, D] per row on the device; empty unless the job asks for them
     sparse: list[SparseVector]  # per text; empty unless the job asks for them, and then `vectors` has no columns
@@ -56,13 +57,14 @@ class Window:
     replaced: int  # texts whose lone surrogates became U+FFFD
 
 
-def prepare(engine: Engine, job: Job, inputs: Sequence[Input], first: int) -> Work:
-    """Token ids, what is shared, and batches. `first` is the number of the first text, for errors."""
+def prepare(engine: Engine, job: Job, inputs: Sequence[Input], numbers: Sequence[int]) -> Work:
+    """Token ids, what is shared, and batches. `numbers` are the places of the inputs among all of the call."""
     groups = [wordings(each) for each in inputs]
-    rows = prepared(engine.tokenizer, job.form, groups, first, engine.spec.model.vocab_size, words=job.sparse is not None)
+    rows = prepared(engine.tokenizer, job.form, groups, numbers, engine.spec.model.vocab_size, words=job.sparse is not None)
     counts = [len(group) * len(job.form.templates) for group in groups]
+    places = np.array(numbers)
     owner = np.repeat(np.arange(len(groups)), counts)
-    check_rows(engine.spec, rows.ids, owner + first)
+    check_rows(engine.spec, rows.ids, places[owner])
     shared = beginnings(engine, job, rows)
     twins = duplicates(rows) if job.sparse is None else {}
     alone = [row for row in range(len(rows.ids)) if row not in twins]
@@ -78,7 +80,7 @@ def prepare(engine: Engine, job: Job, inputs: Sequence[Input], first: int) -> Wo
     cut, repaired = ({int(owner[row * len(job.form.templates)]) for row in found} for found in (rows.truncated, rows.replaced))
     planned = [[alone[n] for n in batch] for batch in batches]
     texts = [text for group in groups for text in group]
-    return Work(first, counts, owner, texts, rows, shared, job.share_prefixes, twins, planned, len(cut), len(repaired))
+    return Work(places, counts, owner, texts, rows, shared, job.share_prefixes, twins, planned, cut, repaired)
 
 
 def cost(length: int, shared: int, balance: float) -> float:
@@ -148,7 +150,7 @@ def place(engine: Engine, job: Job, work: Work, batch: Sequence[int], made: Made
     vectors, states = made
     finite = torch.isfinite(vectors).all(1)
     if not bool(finite.all()):
-        bad = work.first + work.owner[batch[int((~finite).nonzero()[0])]]
+        bad = work.numbers[work.owner[batch[int((~finite).nonzero()[0])]]]
         raise ValueError(f"Input {bad} gives a vector with NaN or infinite values in {engine.dtype}; try dtype='float32'.")
     if job.sparse is not None:
         sparse = job.sparse(vectors, [str(work.texts[row]) for row in batch])
@@ -169,19 +171,29 @@ def counted(work: Work, batch: Sequence[int], *, prefix_tokens: int = 0, duplica
     return Stats(texts, sum(len(work.rows.ids[row]) for row in batch), prefix_tokens=prefix_tokens, duplicates=duplicates)
 
 
-def finish(engine: Engine, job: Job, work: Work) -> tuple[Window, Stats]:
-    """Station 7, once all batches are placed: duplicates, the mean over a text's rows, the cut, L2; what this adds to the counts."""
-    assert work.vectors is not None
-    for row, source in work.twins.items():
-        work.vectors[row] = work.vectors[source]
-        if job.tokens:
-            work.states[row] = work.states[source]
-    vectors = averaged(work.vectors, work.counts, job, normalize=engine.spec.normalize)
-    states = [work.states[row] for row in sorted(work.states)]
-    sparse = [work.sparse[row] for row in sorted(work.sparse)]
-    done = counted(work, list(work.twins), duplicates=len(work.twins))
-    done.truncated, done.replaced = work.cut, work.repaired
-    return Window(vectors, len(work.counts), work.rows.ids, states, sparse, work.cut, work.repaired), done
+def finish(engine: Engine, job: Job, work: Work | None, repeats: Sequence[tuple[int, int]], cut: set[int]) -> tuple[Window, Stats]:
+    """Station 7, once all batches are placed: duplicates, the mean over a text's rows, the cut, L2; what this adds to the counts.
+
+    `work` None: there are repeats alone. `cut` takes the numbers of texts that were cut, for repeats to come.
+    """
+    if work is None:
+        vectors, numbers, ids, states, sparse, done = torch.empty((0, 0), device="cpu"), np.zeros(0, dtype=int), [], [], [], Stats()
+    else:
+        assert work.vectors is not None
+        for row, source in work.twins.items():
+            work.vectors[row] = work.vectors[source]
+            if job.tokens:
+                work.states[row] = work.states[source]
+        vectors, numbers, ids = averaged(work.vectors, work.counts, job, normalize=engine.spec.normalize), work.numbers, work.rows.ids
+        states = [work.states[row] for row in sorted(work.states)]
+        sparse = [work.sparse[row] for row in sorted(work.sparse)]
+        done = counted(work, list(work.twins), duplicates=len(work.twins))
+        done.truncated, done.replaced = len(work.cut), len(work.repaired)
+        cut.update(int(numbers[text]) for text in work.cut)
+    done.texts += len(repeats)
+    done.duplicates += len(repeats)
+    done.truncated += sum(earlier in cut for _, earlier in repeats)
+    return Window(vectors, numbers, repeats, ids, states, sparse, done.truncated, done.replaced), done
 
 
 def averaged(vectors: Tensor, counts: list[int], job: Job, *, normalize: bool) -> Tensor:

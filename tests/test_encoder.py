@@ -202,7 +202,7 @@ def test_an_iterator_is_read_window_by_window(encoder, monkeypatch):
 
 def test_many_characters_end_a_window(monkeypatch):
     monkeypatch.setattr(engine, "WINDOW_CHARACTERS", 100)
-    assert [(len(window), more) for window, more in engine.windows(["x" * 60] * 5)] == [(2, True), (2, True), (1, False)]
+    assert [(len(chunk.inputs), more) for chunk, more in engine.windows(["x" * 60] * 5)] == [(2, True), (2, True), (1, False)]
 
 
 def test_running_out_of_memory_halves_the_batch_and_is_remembered(minilm, monkeypatch):

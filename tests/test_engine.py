@@ -102,7 +102,7 @@ def test_windows_are_prepared_while_others_run(encoder: Encoder, expected: np.nd
 
     def second(*given: Any) -> Any:
         out = prepare(*given)
-        if given[3] == 10:
+        if given[3][0] == 10:
             prepared.set()
         return out
 

@@ -120,7 +120,7 @@ def test_texts_beside_ids_are_cut_and_repaired_and_told_of(encoder: Encoder, cap
     encoder.encode([ids[0], TEXTS[5], ids[1], "w5 \ud800", TEXTS[4]])
     assert (encoder.stats.truncated, encoder.stats.replaced) == (2, 1)
     mixed = [[each] for each in (ids[0], TEXTS[5], ids[1], "w5 \ud800", TEXTS[4])]
-    rows = prepare(encoder.tokenizer, request.job(encoder).form, mixed, 0, 64, words=False)
+    rows = prepare(encoder.tokenizer, request.job(encoder).form, mixed, range(5), 64, words=False)
     assert (rows.truncated, rows.replaced) == ([1, 4], [3])
     assert [len(each) for each in rows.ids] == [2, 8, 3, 3, 8]
     assert rows.spans == [(0, len(each)) for each in rows.ids]
@@ -140,7 +140,7 @@ def test_token_states_and_features(encoder: Encoder) -> None:
 def test_a_window_ends_with_many_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "WINDOW_CHARACTERS", 100)
     for row in ([5] * 20, np.full(20, 5), torch.full((20,), 5), tuple([5] * 20), "x" * 80):
-        assert [len(window) for window, _ in engine.windows([row] * 5)] == [2, 2, 1]
+        assert [len(chunk.inputs) for chunk, _ in engine.windows([row] * 5)] == [2, 2, 1]
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_a_value_that_float16_cannot_hold_names_its_input(encoder: Encoder, out:
         for n in range(4):
             vectors = torch.zeros(1, 48)
             vectors[0, 5] = value if n == 2 else 1.0
-            yield Window(vectors, 1, [], [], [], 0, 0)
+            yield Window(vectors, np.array([n]), [], [], [], [], 0, 0)
 
     with pytest.raises(ValueError, match=r"Input 2 gives a vector with 65520 in it, which float16 cannot hold"):
         fill(given(65520.0), out, None)
