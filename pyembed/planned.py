@@ -48,8 +48,8 @@ class Plan:
 def plan(engine: Engine, job: Job, inputs: Iterable[Input]) -> Plan:
     """Tokenise all inputs and plan them as `engine.run` would."""
     batches, texts, tokens, duplicates, shared = [], 0, 0, 0, 0
-    for number, (window, _) in enumerate(windows(inputs, job.budget.windows)):
-        work = prepare(engine, job, window, texts)
+    for number, (window, more) in enumerate(windows(inputs, job.budget.windows)):
+        work = prepare(engine, job, window, texts, only=number == 0 and not more)
         lengths = [len(ids) for ids in work.rows.ids]
         for rows in work.batches:
             less = given(work, rows)
