@@ -21,7 +21,7 @@ import torch
 
 from pyembed.job import Engine, Input, Job, Stats, wordings
 from pyembed.rows import extent
-from pyembed.runner import LaneLost, Loaded, Made, Reads, Rows, Stop, Stopped, check, out_of_memory, run_batch
+from pyembed.runner import POLL, LaneLost, Loaded, Made, Reads, Rows, Stop, Stopped, check, out_of_memory, run_batch
 from pyembed.tokenizer import Tokenizer
 from pyembed.window import Window, Work, finish, place, prepare, room, rows_of
 
@@ -29,7 +29,6 @@ WINDOW_TEXTS = 1024  # texts in flight: what an interrupt loses, and what a stre
 WINDOW_CHARACTERS = 1 << 18
 AHEAD = 3  # windows under way: one that is run, one that waits, one that is prepared
 LOSSES = 3  # lanes that one text may end before it is an error
-POLL = 0.2  # seconds after which a waiting thread looks whether the process ends
 
 Advance = Callable[[Stats], Any]
 

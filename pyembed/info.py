@@ -64,9 +64,11 @@ def cache(engine: Engine) -> str:
     if not engine.reuses:
         why = obstacle(engine.spec)
         return f"none ({why})" if why else "off"
-    if engine.local is None or engine.local.prefixes is None:
+    if engine.local is None:
         return "in each worker"
-    used, room = (each / 2**20 for each in (engine.local.prefixes.bytes, engine.local.prefixes.limit))
+    kept = engine.local.prefixes
+    assert kept is not None
+    used, room = (each / 2**20 for each in (kept.bytes, kept.limit))
     return f"{used:{'.0f' if used >= 10 or not used else '.2g'}} of {room:{'.0f' if room >= 10 else '.2g'}} MiB"
 
 

@@ -59,7 +59,8 @@ def main(handle: int) -> None:
             os.sched_setaffinity(0, place.cores)
         serve(channel, place.threads, given)
     except (EOFError, ConnectionError):
-        os._exit(0)  # nobody asks any more; there is nothing to clean up, and whoever waits for the end waits less
+        pass  # nobody asks any more
+    os._exit(0)  # there is nothing to clean up, and whoever waits for the end waits less
 
 
 def serve(channel: Connection, threads: int, given: bytes) -> None:
@@ -70,7 +71,10 @@ def serve(channel: Connection, threads: int, given: bytes) -> None:
 
     torch.set_num_threads(threads)
     try:
-        model = load(**pickle.loads(given))
+        arguments = pickle.loads(given)
+        if arguments["device"].type == "cuda":
+            torch.cuda.set_device(arguments["device"])  # else the first GPU would hold a context for every worker
+        model = load(**arguments)
     except Exception as error:
         send(channel, failed(error))
         return

@@ -26,11 +26,10 @@ import torch
 from pyembed.job import Lane
 from pyembed.ops.budget import Budget
 from pyembed.options import cores
-from pyembed.runner import LaneLost, Made, Reads, Rows, Stop, Stopped, check
+from pyembed.runner import POLL, LaneLost, Made, Reads, Rows, Stop, Stopped, check
 from pyembed.worker import Failed, Flat, Place, receive, send
 
 PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from pyembed.worker import main; main(int(sys.argv[1]))"
-POLL = 0.2  # seconds after which a waiting thread looks whether anybody still waits
 PATIENCE = 2.0  # seconds that a worker has to end by itself
 
 logger = logging.getLogger("pyembed")
