@@ -37,8 +37,10 @@ def serve(
 ) -> Engine:
     """The model of `stack` with one of its adapters merged, on a device in this process or on several in a worker process each.
 
-    `dtype` None: the devices' own. `settings` are Encoder's backend, prefix_cache_bytes and share_prefixes. ValueError for a dtype that the
-    family cannot take, for share_prefixes where texts cannot share, and for weights or a tokenizer that are not what files and recipe claim.
+    `dtype` None: the devices' own. `settings` are Encoder's backend, prefix_cache_bytes and share_prefixes.
+
+    ValueError for a dtype that the family cannot take, for share_prefixes where texts cannot share, and for weights or a tokenizer that
+    are not what files and recipe claim.
     """
     check_ids(tokenizer, spec)
     if settings["share_prefixes"] and (why := obstacle(spec)) is not None:
