@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from pyembed.job import Lane
 from pyembed.ops.budget import Budget
 from pyembed.options import cores
 from pyembed.runner import POLL, LaneLost, Made, Reads, Rows, Stop, Stopped, check
-from pyembed.worker import Failed, Flat, Place, receive, send
+from pyembed.worker import Failed, Flat, Place, send
 
 PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from pyembed.worker import main; main(int(sys.argv[1]))"
 PATIENCE = 2.0  # seconds that a worker has to end by itself
@@ -47,7 +48,7 @@ class Worker:
     channel: Connection
     device: torch.device
     loaded: bool = False
-    owed: int = 0  # answers to batches that were given up
+    owed: int = 1  # answers that are to come: to loading, then to a batch, which may have been given up
 
 
 class Pool:
@@ -111,15 +112,13 @@ class Pool:
             try:
                 while worker.owed:
                     take(worker, stop)
-                    worker.owed -= 1
                 send(worker.channel, (reads, rows))
-                worker.owed = 1
+                worker.owed += 1
                 try:
                     message = take(worker, stop)
                 except Stopped:
                     send(worker.channel, None)
                     raise
-                worker.owed = 0
             except (EOFError, OSError) as error:
                 raise LaneLost(self.bury(worker, number)) from error
         vectors, states = opened(message)
@@ -149,7 +148,7 @@ class Pool:
         self.workers[number] = None
         worker.channel.close()
         said = ended(worker)
-        logger.warning("%s A new one takes its place.", said)
+        logger.error("%s A new one takes its place.", said)  # an error that is mended: also told where warnings wait for a summary
         return said
 
 
@@ -184,12 +183,14 @@ def places(devices: Sequence[torch.device]) -> list[Place]:
 
 
 def take(worker: Worker, stop: Stop | None = None) -> Any:
-    """The worker's next message. EOFError or OSError where it has ended, Stopped where `stop` says so."""
+    """The worker's next answer. EOFError or OSError where it has ended, Stopped where `stop` says so."""
     while not worker.channel.poll(POLL):
         check(stop)
         if worker.process.poll() is not None and not worker.channel.poll():
             raise EOFError  # where somebody else holds the other end of the socket
-    return receive(worker.channel)
+    data = worker.channel.recv_bytes()
+    worker.owed -= 1
+    return pickle.loads(data)
 
 
 def finish_loading(worker: Worker, stop: Stop | None = None) -> Budget:

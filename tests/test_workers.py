@@ -108,7 +108,9 @@ def test_vectors_have_the_bits_of_one_process(one: Encoder, two: Encoder, small_
 
 
 def test_token_states_and_bfloat16_come_through(directory: Path) -> None:
-    one, two = (Encoder(directory, device=device, dtype="bfloat16") for device in ("cpu", TWO))
+    one, two = (Encoder(directory, device=device, dtype="bfloat16", share_prefixes=True) for device in ("cpu", TWO))
+    assert np.array_equal(one.encode([PROMPT + text for text in TEXTS]), two.encode([PROMPT + text for text in TEXTS]))
+    assert two.stats.prefix_tokens > 0
     assert np.array_equal(one.encode(TEXTS), two.encode(TEXTS))
     ours, theirs = (each.encode(TEXTS, output_value="token_embeddings") for each in (one, two))
     assert {each.dtype for each in theirs} == {torch.bfloat16}
