@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyembed import engine, prompts, quantize, request, sparse, stack
+from pyembed import prompts, quantize, request, sparse, stack
 from pyembed.config import ModelSpec, Output, Template
 from pyembed.info import summary
 from pyembed.job import Input, Stats
