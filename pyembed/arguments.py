@@ -25,7 +25,7 @@ def model_options(command: argparse.ArgumentParser) -> None:
     merged = "folder or hub id of a LoRA adapter to merge into the model; repeat it for several, merged in this order"
     group.add_argument("--adapters", metavar="DIR", action="append", default=[], help=merged)
     group.add_argument("--adapter", metavar="NAME", help="of a model with adapters to switch between: the one to use")
-    group.add_argument("--device", help="cpu, cuda, cuda:1; by default CUDA where there is one")
+    group.add_argument("--device", type=devices, help="cpu, cuda, cuda:1, or several: cuda:0,cuda:1; by default CUDA where there is one")
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the model (%(default)s)")
     group.add_argument("--recipe", help="how a model is used whose files do not say so; `pyembed info` lists them")
     group.add_argument("--template", help="a method without training for any causal LM, such as prompteol; or a text with {text} in it")
@@ -41,6 +41,11 @@ def model_options(command: argparse.ArgumentParser) -> None:
 def recipe_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Those of the command line that say how a model is used, under Encoder's names. (`--output` and `--normalize` are other things.)"""
     return {name: getattr(args, name) for name in ("recipe", "template", "pooling", "causal", "instruction")}
+
+
+def devices(text: str) -> str | list[str]:
+    """One device, or a list of those between commas."""
+    return text.split(",") if "," in text else text
 
 
 def positive(text: str) -> int:

@@ -14,18 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyembed import engine, prompts, quantize, request, sparse, stack
+from pyembed import prompts, quantize, request, sparse, stack
 from pyembed.config import ModelSpec, Output, Template
 from pyembed.info import summary
 from pyembed.job import Input, Stats
-from pyembed.loading import add_vocabulary, load
+from pyembed.loading import add_vocabulary, serve
 from pyembed.options import (
+    Device,
     as_texts,
     check_dtype,
     check_length,
     check_place,
     check_settings,
-    choose_device,
+    choose_devices,
     choose_recipe,
     default_length,
     known,
@@ -48,7 +49,8 @@ class Encoder:
         model: directory or hub id of a safetensors checkpoint, or of a LoRA adapter, which is merged into the base that it names.
         adapters: directories or hub ids of further LoRA adapters, merged in this order on top of what `model` is.
         adapter: of a model with adapters to switch between, the one to begin with; None leaves it to the recipe, False merges none.
-        device: "cpu", "cuda", "cuda:1"; None takes CUDA where there is one.
+        device: "cpu", "cuda", "cuda:1"; None takes CUDA where there is one. A list of several starts a worker process with the weights for
+            each, and batches go to whichever is free; ["cpu", "cpu"] divides the cores between two (docs/throughput.md).
         dtype: "auto" (bfloat16 where the hardware multiplies it natively, else float32), "float32", "bfloat16", "float16".
         recipe: name of a recipe (`pyembed info` lists them) for a checkpoint whose files do not say how it is used.
         template: a method that needs no training ("prompteol", "metaeol", "promptreps", ...) for any causal language model, or a string of
@@ -74,7 +76,7 @@ class Encoder:
         *,
         adapters: Sequence[str | os.PathLike[str]] = (),
         adapter: str | Literal[False] | None = None,
-        device: str | torch.device | None = None,
+        device: Device | Sequence[Device] | None = None,
         dtype: str | torch.dtype = "auto",
         recipe: str | None = None,
         template: str | Template | None = None,
@@ -105,7 +107,7 @@ class Encoder:
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         check_place(model, adapters, adapter)
         self.model = os.fspath(model)
-        chosen_device, chosen_dtype = choose_device(device), check_dtype(dtype)
+        devices, chosen_dtype = choose_devices(device), check_dtype(dtype)
         chosen = choose_recipe(self.model, self._arguments)
         check_settings(self._arguments)
 
@@ -124,17 +126,18 @@ class Encoder:
             self.max_seq_length = max_seq_length
         self._stack.warn_if_alone(spec)
         self._reloading = threading.RLock()
-        self._load(chosen_device, chosen_dtype, self._stack.first_task(spec) if adapter is None else adapter or None)
+        self._load(devices, chosen_dtype, self._stack.first_task(spec) if adapter is None else adapter or None)
 
-    def _load(self, device: torch.device, dtype: torch.dtype | None, adapter: str | None) -> None:
+    def _load(self, devices: Sequence[torch.device], dtype: torch.dtype | None, adapter: str | None) -> None:
         """Read the weights; then they serve the calls that follow."""
-        given = (self._stack, self._spec, self._family, self.tokenizer, device, dtype)
-        self._engine = engine.local(load(*given, adapter=adapter, settings=self._arguments), self.tokenizer)
+        given = (self._stack, self._spec, self._family, self.tokenizer, devices, dtype)
+        self._engine = serve(*given, adapter=adapter, settings=self._arguments)
 
     @property
     def _loaded(self) -> Loaded:
-        """The model in this process."""
-        assert self._engine.local is not None
+        """The model in this process. ValueError where there is none."""
+        if self._engine.local is None:
+            raise ValueError(f"This works on one device, but device= lists {len(self.devices)}: their worker processes have the weights.")
         return self._engine.local
 
     def set_adapter(self, name: str | None) -> None:
@@ -143,7 +146,7 @@ class Encoder:
         Until then, and in calls under way, the old weights serve, so both are in memory for a while. ValueError for another name.
         """
         with self._reloading:
-            self._load(self.device, self.dtype, name)
+            self._load(self.devices, self.dtype, name)
 
     # What the model is
 
@@ -164,7 +167,12 @@ class Encoder:
 
     @property
     def device(self) -> torch.device:
-        return self._engine.devices[0]
+        return self.devices[0]
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All that it runs on: one in this process, or several in worker processes, of which `device` is the first."""
+        return self._engine.devices
 
     @property
     def dtype(self) -> torch.dtype:
@@ -197,7 +205,7 @@ class Encoder:
         self._max_seq_length = value
 
     def __repr__(self) -> str:
-        return summary(self.model, self._family.name, self._loaded, self.dim, self.max_seq_length, self._stack)
+        return summary(self.model, self._family.name, self._engine, self.dim, self.max_seq_length, self._stack)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as its arguments and what was set since, without the token: the other side loads the local directory again."""
@@ -205,7 +213,7 @@ class Encoder:
         now = {name: getattr(self, name) for name in names}
         name = self._spec.recipe.name
         now |= {"model": str(self._stack.base), "adapters": [str(each) for each in self._stack.adapters], "adapter": self.adapter or False}
-        now |= {"recipe": name if name in recipes() else None, "device": str(self.device)}
+        now |= {"recipe": name if name in recipes() else None, "device": [str(each) for each in self.devices]}
         return rebuild, (self._arguments | now | {"revision": None, "token": None}, {name: self._arguments[name] for name in names})
 
     # Encoding
@@ -221,7 +229,7 @@ class Encoder:
         precision: Precision = "float32",
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
-        device: str | torch.device | None = None,
+        device: Device | Sequence[Device] | None = None,
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
         pool: object = None,
@@ -244,7 +252,7 @@ class Encoder:
             output_value: "sentence_embedding", "token_embeddings" (a [length, D] tensor per text), or None (a dict per text).
             precision: "float32", or "int8", "uint8", "binary", "ubinary" as sentence-transformers quantizes.
             convert_to_numpy, convert_to_tensor: array [N, dim] (default), tensor on the device, or with neither a list of tensors.
-            device: move the model there first.
+            device: move the model there first, to several where it is a list.
             normalize_embeddings: divide by the L2 norm, after the cut to `truncate_dim`.
             truncate_dim: keep the first so many dimensions.
             ranges: [2, dim], least and largest value of each dimension for int8 and uint8; None takes them from this call's vectors.
@@ -258,10 +266,10 @@ class Encoder:
         Returns float32 (or the precision's integers): [dim] for one text, [N, dim] for several; `out` where it was given, or its first N
         rows where it has more.
         """
-        request.check_kinds(output_value, precision, pool, chunk_size, device if isinstance(device, list | tuple) else None)
-        if device is not None and choose_device(device) != self.device:
+        request.check_kinds(output_value, precision, pool, chunk_size)
+        if device is not None and choose_devices(device) != self.devices:
             with self._reloading:
-                self._load(choose_device(device), self.dtype if self._arguments["dtype"] != "auto" else None, self.adapter)
+                self._load(choose_devices(device), self.dtype if self._arguments["dtype"] != "auto" else None, self.adapter)
         single, texts = as_texts(inputs)
         job = request.job(
             self,

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -20,7 +21,7 @@ import torch
 
 from pyembed.job import Engine, Input, Job, Stats, wordings
 from pyembed.rows import extent
-from pyembed.runner import LaneLost, Loaded, Made, Reads, Rows, Stop, Stopped, out_of_memory, run_batch
+from pyembed.runner import POLL, LaneLost, Loaded, Made, Reads, Rows, Stop, Stopped, check, out_of_memory, run_batch
 from pyembed.tokenizer import Tokenizer
 from pyembed.window import Window, Work, finish, place, prepare, room, rows_of
 
@@ -28,7 +29,6 @@ WINDOW_TEXTS = 1024  # texts in flight: what an interrupt loses, and what a stre
 WINDOW_CHARACTERS = 1 << 18
 AHEAD = 3  # windows under way: one that is run, one that waits, one that is prepared
 LOSSES = 3  # lanes that one text may end before it is an error
-POLL = 0.2  # seconds after which a waiting thread looks whether the process ends
 
 Advance = Callable[[Stats], Any]
 
@@ -40,7 +40,7 @@ def local(model: Loaded, tokenizer: Tokenizer) -> Engine:
         return run_batch(model, reads, rows, stop)
 
     budget, reuses = model.ops.budget(model.spec.model, model.dtype, model.device), model.prefixes is not None
-    return Engine(model.spec, tokenizer, (lane,), (model.device,), model.dtype, model.adapter, budget, reuses, model)
+    return Engine(model.spec, tokenizer, (lane,), (model.device,), (model.ops,), model.dtype, model.adapter, budget, reuses, model)
 
 
 @dataclass(slots=True)
@@ -142,9 +142,6 @@ class Line:
 
     def __init__(self, engine: Engine, job: Job, advance: Advance | None) -> None:
         self.engine, self.job, self.advance = engine, job, advance
-        self.free: SimpleQueue[int] = SimpleQueue()  # numbers of lanes
-        for number in range(len(engine.lanes)):
-            self.free.put(number)
         self.windows: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.batches: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.threads: list[threading.Thread] = []
@@ -160,7 +157,7 @@ class Line:
             ticket.done.set()
             return ticket
         if only and len(self.engine.lanes) == 1:
-            ticket.work = prepare(self.engine, self.job, chunk.inputs, chunk.numbers)
+            ticket.work = prepare(self.engine, self.job, chunk.inputs, chunk.numbers, only=True)
             for batch in ticket.work.batches:
                 self.run_batch(ticket.work, batch)
             ticket.done.set()
@@ -170,7 +167,7 @@ class Line:
             self.threads = [threading.Thread(target=self.loop, args=(tasks, torch.get_num_threads())) for tasks in loops]
             for thread in self.threads:
                 thread.start()
-        self.windows.put(partial(self.prepare, ticket))
+        self.windows.put(partial(self.prepare, ticket, only))
         return ticket
 
     def result(self, ticket: Ticket) -> Window:
@@ -207,9 +204,9 @@ class Line:
                 continue
             task()
 
-    def prepare(self, ticket: Ticket) -> None:
+    def prepare(self, ticket: Ticket, only: bool) -> None:
         try:
-            ticket.work = prepare(self.engine, self.job, ticket.chunk.inputs, ticket.chunk.numbers)
+            ticket.work = prepare(self.engine, self.job, ticket.chunk.inputs, ticket.chunk.numbers, only=only)
         except BaseException as error:
             ticket.fail(error)
             return
@@ -234,21 +231,22 @@ class Line:
         tokens, fits = room(work, batch), self.engine.fits
         if fits is not None and tokens > fits and len(batch) > 1:
             return self.halves(work, batch)
-        number, started = self.free.get(), time.perf_counter()
+        rows, number = rows_of(work, batch), self.free_lane()
+        started, made = time.perf_counter(), None
         try:
-            made = self.engine.lanes[number](self.job.reads, rows_of(work, batch), self.stopped)
+            made = self.engine.lanes[number](self.job.reads, rows, self.stopped)
         except (LaneLost, RuntimeError) as error:
             lost = isinstance(error, LaneLost)
             if not lost and (isinstance(error, Stopped) or not out_of_memory(error)):
                 raise
             problem: Exception = error
-        else:
+        finally:
             seconds = time.perf_counter() - started
+            self.engine.free.put(number)
+        if made is not None:
             done = place(self.engine, self.job, work, batch, made)
             done.busy = seconds
             return self.report(done)
-        finally:
-            self.free.put(number)
         if len(batch) == 1 and (not lost or losses + 1 >= LOSSES):
             raise self.hopeless(work, batch[0], problem, number) from problem
         if lost and losses == 0:  # whatever happened to it, it may not have been the batch
@@ -261,6 +259,13 @@ class Line:
             if self.engine.devices[number].type == "cuda":
                 torch.cuda.empty_cache()
         return self.halves(work, batch)
+
+    def free_lane(self) -> int:
+        """The number of a lane that no call uses; the caller puts it back."""
+        while True:
+            check(self.stopped)
+            with suppress(Empty):
+                return self.engine.free.get(timeout=POLL)
 
     def halves(self, work: Work, batch: list[int]) -> None:
         middle = len(batch) // 2

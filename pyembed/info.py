@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+
+import torch
 
 from pyembed import heads, lora, ops, stack, weights
 from pyembed.arguments import recipe_arguments
 from pyembed.config import ModelConfig, ModelSpec
 from pyembed.families import ALIASES, FAMILIES
+from pyembed.job import Engine
 from pyembed.ops import Ops
-from pyembed.options import check_dtype, choose_device, choose_recipe, default_length, native_dtype, tokenizer_of
+from pyembed.options import check_dtype, choose_devices, choose_recipe, common_dtype, default_length, tokenizer_of
 from pyembed.prefix import obstacle
 from pyembed.probes import PROBE, check_ids
 from pyembed.recipes import METHODS, RECIPES
-from pyembed.runner import Loaded
 from pyembed.tensorfile import FLOATS, open_safetensors
 from pyembed.tokenizer import Tokenizer
 
@@ -35,24 +39,36 @@ def supported() -> str:
     return "\n".join(out)
 
 
-def summary(model: str, family: str, loaded: Loaded, dim: int, limit: int | None, found: stack.Stack) -> str:
+def summary(model: str, family: str, engine: Engine, dim: int, limit: int | None, found: stack.Stack) -> str:
     """repr of an Encoder: the model's shape and recipe; adapters; device, mask, pooling; vector, length, kernels, cache."""
-    spec, config = loaded.spec, loaded.spec.model
+    spec, config = engine.spec, engine.spec.model
+    backends, dtype = dict.fromkeys(kernels(each) for each in engine.backends), str(engine.dtype).removeprefix("torch.")
     merged = f"  merged=[{', '.join(map(stack.label, found.adapters))}] into {found.base},\n" if found.adapters else ""
-    task = f"  adapter={loaded.adapter} of {', '.join(found.tasks)},\n" if found.tasks else ""
+    task = f"  adapter={engine.adapter} of {', '.join(found.tasks)},\n" if found.tasks else ""
     return (
         f"Encoder({model!r}, {family}, {config.num_layers} layers, recipe={spec.recipe.name or None},\n{merged}{task}"
-        f"  device={loaded.device}, dtype={str(loaded.dtype).removeprefix('torch.')}, mask={mask(config)}, {heads.describe(spec)},\n"
-        f"  dim={dim}, max_seq_length={limit}, backend={kernels(loaded.ops)}, prompt cache {cache(loaded)})"
+        f"  device={places(engine.devices)}, dtype={dtype}, mask={mask(config)}, {heads.describe(spec)},\n"
+        f"  dim={dim}, max_seq_length={limit}, backend={' + '.join(backends)}, prompt cache {cache(engine)})"
     )
 
 
-def cache(loaded: Loaded) -> str:
+def places(devices: Sequence[torch.device]) -> str:
+    """Where a model runs."""
+    counts = Counter(map(str, devices))
+    listed = " + ".join(name if count == 1 else f"{name} x {count}" for name, count in counts.items())
+    return f"{listed} (worker processes)" if len(devices) > 1 else listed
+
+
+def cache(engine: Engine) -> str:
     """How full the cache of prompts is, or why there is none."""
-    if loaded.prefixes is None:
-        why = obstacle(loaded.spec)
+    if not engine.reuses:
+        why = obstacle(engine.spec)
         return f"none ({why})" if why else "off"
-    used, room = (each / 2**20 for each in (loaded.prefixes.bytes, loaded.prefixes.limit))
+    if engine.local is None:
+        return "in each worker"
+    kept = engine.local.prefixes
+    assert kept is not None
+    used, room = (each / 2**20 for each in (kept.bytes, kept.limit))
     return f"{used:{'.0f' if used >= 10 or not used else '.2g'}} of {room:{'.0f' if room >= 10 else '.2g'}} MiB"
 
 
@@ -66,8 +82,8 @@ def describe(args: argparse.Namespace) -> str:
         raise ValueError(f"--max-seq-length is {args.max_seq_length}; this model has positions for {spec.model.max_positions} tokens.")
     tokenizer = tokenizer_of(found.tokenizer, spec)
     check_ids(tokenizer, spec)
-    device = choose_device(args.device)
-    dtype = check_dtype(args.dtype) or native_dtype(device)
+    devices = choose_devices(args.device)
+    dtype = check_dtype(args.dtype) or common_dtype(devices)
     rows: list[Row] = [("folder", str(found.base), "")]
     rows += [("merged", str(folder), lora.CONFIG) for folder in found.merged]
     rows += of_model(spec, family.name)
@@ -77,7 +93,8 @@ def describe(args: argparse.Namespace) -> str:
         chosen = args.adapter or found.first_task(spec) or "none"
         rows.append(("adapters", f"{', '.join(found.tasks)}; {chosen} of them merged", "adapters/"))
     rows += of_files(found, spec)
-    rows.append(("runs on", f"{device} in {str(dtype).removeprefix('torch.')}, kernels: {kernels(ops.select(device))}", ""))
+    backends = " + ".join(dict.fromkeys(kernels(ops.select(device)) for device in devices))
+    rows.append(("runs on", f"{places(devices)} in {str(dtype).removeprefix('torch.')}, kernels: {backends}", ""))
     rows.append(("not checked", "whether every weight fits config.json, and the mask: loading the model does", ""))
     width = max(len(label) for label, _, _ in rows)
     return "\n".join(f"{label:{width}}  {found}" + (f"  [{where}]" if where else "") for label, found, where in rows)

@@ -6,12 +6,14 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
 
 from pyembed import prompts
 from pyembed.config import ModelSpec
+from pyembed.ops import Ops
 from pyembed.ops.budget import Budget
 from pyembed.rows import Text
 from pyembed.runner import Loaded, Made, Reads, Rows, Stop
@@ -78,6 +80,7 @@ class Engine:
     tokenizer: Tokenizer
     lanes: tuple[Lane, ...]
     devices: tuple[torch.device, ...]  # of the lanes
+    backends: tuple[Ops, ...]  # of the lanes
     dtype: torch.dtype
     adapter: str | None
     budget: Budget
@@ -87,6 +90,12 @@ class Engine:
     stats: Stats = field(default_factory=Stats)
     lock: threading.Lock = field(default_factory=threading.Lock)  # around `fits` and `stats`
     pid: int = field(default_factory=os.getpid)
+    free: SimpleQueue[int] = field(init=False)  # numbers of lanes that no call uses
+
+    def __post_init__(self) -> None:
+        self.free = SimpleQueue()
+        for number in range(len(self.lanes)):
+            self.free.put(number)
 
     def count(self, done: Stats) -> None:
         with self.lock:

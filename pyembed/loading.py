@@ -1,66 +1,103 @@
-"""A stack of files to what runs: its weights on a device, checked against what is claimed of them."""
+"""A stack of files to what runs: its weights on each device, checked against what is claimed of them."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from pyembed import ops, weights
-from pyembed.config import Family, ModelSpec
-from pyembed.options import native_dtype
+from pyembed import engine, ops, weights
+from pyembed.config import Family, ModelSpec, TensorNames
+from pyembed.job import Engine
+from pyembed.options import common_dtype
 from pyembed.prefix import BYTES, PrefixCache, obstacle, shareable
 from pyembed.probes import check_ids, check_mask
 from pyembed.runner import Loaded
 from pyembed.stack import Stack
 from pyembed.tokenizer import Tokenizer
+from pyembed.workers import Pool
 
 logger = logging.getLogger("pyembed")
+
+
+def serve(
+    stack: Stack,
+    spec: ModelSpec,
+    family: Family,
+    tokenizer: Tokenizer,
+    devices: Sequence[torch.device],
+    dtype: torch.dtype | None,
+    *,
+    adapter: str | None,
+    settings: Mapping[str, Any],
+) -> Engine:
+    """The model of `stack` with one of its adapters merged, on a device in this process or on several in a worker process each.
+
+    `dtype` None: the devices' own. `settings` are Encoder's backend, prefix_cache_bytes and share_prefixes.
+
+    ValueError for a dtype that the family cannot take, for share_prefixes where texts cannot share, and for weights or a tokenizer that
+    are not what files and recipe claim.
+    """
+    check_ids(tokenizer, spec)
+    if settings["share_prefixes"] and (why := obstacle(spec)) is not None:
+        raise ValueError(f"share_prefixes=True was given, but texts of this model cannot share what they begin with: {why}; leave it out.")
+    dtype, backend, room = dtype or common_dtype(devices), settings["backend"], settings["prefix_cache_bytes"]
+    for device in {each.type: each for each in devices}.values():
+        check_kernels(family, device, dtype, backend)
+    names = family.tensors
+    model = {"stack": stack, "spec": spec, "names": names, "dtype": dtype, "adapter": adapter, "backend": backend, "room": room}
+    if len(devices) == 1:
+        return engine.local(load(device=devices[0], **model), tokenizer)
+    pool, reuses = Pool(model, devices), room != 0 and shareable(spec)
+    backends = tuple(kernels_of(device, dtype, backend) for device in devices)
+    return Engine(spec, tokenizer, pool.lanes, tuple(devices), backends, dtype, adapter, pool.budget, reuses, None)
+
+
+def check_kernels(family: Family, device: torch.device, dtype: torch.dtype, backend: str | None) -> None:
+    """ValueError for a dtype that the family cannot take; a warning where no kernels serve though they could."""
+    if dtype == torch.float16 and not family.float16:
+        raise ValueError(f"{family.name} models overflow in float16; use dtype='bfloat16' or 'float32'.")
+    if device.type == "cpu" and dtype == torch.float16:
+        logger.warning("float16 on a CPU is computed by plain PyTorch, many times slower than bfloat16 or float32.")
+    elif device.type == "cpu" and backend is None and kernels_of(device, dtype, backend).__name__.endswith("reference"):
+        warnings.warn(
+            "pyembed's C++ kernels were not built, so plain PyTorch serves; reinstall pyembed where a C++ compiler is.",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def kernels_of(device: torch.device, dtype: torch.dtype, backend: str | None) -> ops.Ops:
+    """The ops that serve a dtype on a device."""
+    slow = device.type == "cpu" and dtype == torch.float16  # no kernels: no CPU we know computes faster in it
+    return ops.select(device, reference=slow or backend == "reference")
 
 
 def load(
     stack: Stack,
     spec: ModelSpec,
-    family: Family,
-    tokenizer: Tokenizer,
+    names: TensorNames,
     device: torch.device,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     *,
     adapter: str | None,
-    settings: Mapping[str, Any],
+    backend: str | None,
+    room: int | None,
 ) -> Loaded:
-    """The model of `stack` with one of its adapters merged. `dtype` None: the device's own. `settings` are Encoder's backend,
-    prefix_cache_bytes and share_prefixes.
+    """The model of `stack` on a device of this process. `room`: bytes for prompts' states, None the device's usual ones.
 
-    ValueError for a dtype that the family cannot take, for share_prefixes where texts cannot share, and for weights or a tokenizer that
-    are not what files and recipe claim.
+    ValueError for weights that are not what files and recipe claim.
     """
-    dtype, backend, room = dtype or native_dtype(device), settings["backend"], settings["prefix_cache_bytes"]
-    if dtype == torch.float16 and not family.float16:
-        raise ValueError(f"{family.name} models overflow in float16; use dtype='bfloat16' or 'float32'.")
-    if settings["share_prefixes"] and (why := obstacle(spec)) is not None:
-        raise ValueError(f"share_prefixes=True was given, but texts of this model cannot share what they begin with: {why}; leave it out.")
-    slow = device.type == "cpu" and dtype == torch.float16  # no kernels: no CPU we know computes faster in it
-    module = ops.select(device, reference=slow or backend == "reference")
-    if slow:
-        logger.warning("float16 on a CPU is computed by plain PyTorch, many times slower than bfloat16 or float32.")
-    elif device.type == "cpu" and backend is None and module.__name__.endswith("reference"):
-        warnings.warn(
-            "pyembed's C++ kernels were not built, so plain PyTorch serves; reinstall pyembed where a C++ compiler is.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
     dense = [(stack.settings / head.path, head) for head in spec.dense]
     with torch.inference_mode():
-        tensors = weights.load(stack.weights, spec.model, family.tensors, dense, device, dtype, stack.task(adapter))
-    loaded = Loaded(spec, tensors, module, device, dtype, adapter)
+        tensors = weights.load(stack.weights, spec.model, names, dense, device, dtype, stack.task(adapter))
+    loaded = Loaded(spec, tensors, kernels_of(device, dtype, backend), device, dtype, adapter)
     if room != 0 and shareable(spec):
         loaded.prefixes = PrefixCache(BYTES[device.type] if room is None else room)
-    check_ids(tokenizer, spec)
     check_mask(loaded)
     return loaded
 

@@ -24,6 +24,7 @@ from pyembed.tokenizer import load as load_tokenizer
 OVERRULED = (
     *("include_prompt", "causal", "full_attention", "normalize", "instruction", "prompts", "default_prompt_name", "output", "drop_layers"),
 )
+Device = str | torch.device
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,6 +44,26 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else torch.device("cpu")
 
 
+def choose_devices(device: Device | Sequence[Device] | None) -> tuple[torch.device, ...]:
+    """One device, or those of a list. ValueError as choose_device, and for a list that cannot be served."""
+    if not isinstance(device, list | tuple):
+        return (choose_device(cast("Device | None", device)),)
+    if not device or any(each is None for each in device):
+        raise ValueError(f"device is {device!r}; expected one device, or a list of them such as ['cuda:0', 'cuda:1'] or ['cpu', 'cpu'].")
+    devices = tuple(map(choose_device, device))
+    for each in devices:
+        if each.type == "cuda" and devices.count(each) > 1:
+            raise ValueError(f"device lists {each} {devices.count(each)} times; a second copy of the weights there would gain nothing.")
+    if len(devices) > 1 and (count := sum(each.type == "cpu" for each in devices)) > len(cores()):
+        raise ValueError(f"device lists 'cpu' {count} times, but this process may use {len(cores())} cores; each worker needs one.")
+    return devices
+
+
+def cores() -> list[int]:
+    """The cores that this process may run on."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
 def check_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """The dtype asked for; None for "auto"."""
     name = str(dtype).removeprefix("torch.")
@@ -58,6 +79,15 @@ def native_dtype(device: torch.device) -> torch.dtype:
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def common_dtype(devices: Sequence[torch.device]) -> torch.dtype:
+    """The native dtype of all. ValueError where they differ."""
+    natives = {device: native_dtype(device) for device in devices}
+    if len(set(natives.values())) > 1:
+        listed = ", ".join(f"{str(dtype).removeprefix('torch.')} on {device}" for device, dtype in natives.items())
+        raise ValueError(f"dtype 'auto' is {listed}; say which one all devices are to take (dtype=).")
+    return natives[devices[0]]
 
 
 def choose_recipe(model: str, arguments: Mapping[str, Any]) -> Recipe:

@@ -48,11 +48,11 @@ class Plan:
 def plan(engine: Engine, job: Job, inputs: Iterable[Input]) -> Plan:
     """Tokenise all inputs and plan them as `engine.run` would."""
     batches, texts, tokens, duplicates, shared = [], 0, 0, 0, 0
-    for number, (chunk, _) in enumerate(windows(inputs, job.budget.windows, once=isinstance(inputs, Sequence))):
+    for number, (chunk, more) in enumerate(windows(inputs, job.budget.windows, once=isinstance(inputs, Sequence))):
         texts, duplicates = texts + len(chunk.inputs) + len(chunk.repeats), duplicates + len(chunk.repeats)
         if not chunk.inputs:
             break
-        work = prepare(engine, job, chunk.inputs, chunk.numbers)
+        work = prepare(engine, job, chunk.inputs, chunk.numbers, only=number == 0 and not more)
         lengths = [len(ids) for ids in work.rows.ids]
         for rows in work.batches:
             less = given(work, rows)

@@ -23,6 +23,9 @@ class ProbeError(ValueError):
         super().__init__(message)
         self.probe = probe
 
+    def __reduce__(self) -> tuple[type[ProbeError], tuple[str, str]]:
+        return ProbeError, (self.probe, str(self))
+
 
 def check_ids(tokenizer: Tokenizer, spec: ModelSpec) -> None:
     """ProbeError unless a probe text starts and ends with the recipe's tokens and has no id beyond the embedding table."""

@@ -65,10 +65,10 @@ def job(
     )
 
 
-def check_kinds(output_value: object, precision: str, *several: object) -> None:
-    """ValueError for a kind of result that there is not, and for `several` devices."""
-    if any(each is not None for each in several):
-        raise ValueError("Encoding on several devices (pool=, chunk_size=, a list of devices) is not supported; pass one device.")
+def check_kinds(output_value: object, precision: str, pool: object, chunk_size: object) -> None:
+    """ValueError for a kind of result that there is not, and for a pool of processes."""
+    if pool is not None or chunk_size is not None:
+        raise ValueError("There is no pool= and no chunk_size=; Encoder(device=[...]) runs on several devices and divides the texts.")
     quantize.check_precision(precision)
     if output_value not in ("sentence_embedding", "token_embeddings", None):
         raise ValueError(f"output_value is {output_value!r}; expected 'sentence_embedding', 'token_embeddings' or None.")

@@ -22,6 +22,7 @@ from pyembed.prefix import PrefixCache, Run, gathered, joined
 Shared = tuple[np.ndarray, int]  # what a text begins with, and how many of its tokens are taken from there
 Made = tuple[Tensor, list[Tensor]]  # vectors [n, dim] or logits [n, V], float32 on the CPU; token states [length, D] each, or none
 Stop = Callable[[], bool]  # whether nobody waits for the result any more
+POLL = 0.2  # seconds after which a thread that waits asks that again
 
 
 class Stopped(RuntimeError):

@@ -21,6 +21,8 @@ from pyembed.rows import prepare as prepared
 from pyembed.runner import Made, Rows, Shared
 from pyembed.sparse import SparseVector
 
+LEAST = 256  # tokens that are worth another lane
+
 
 @dataclass(slots=True)
 class Work:
@@ -57,8 +59,11 @@ class Window:
     replaced: int  # texts whose lone surrogates became U+FFFD
 
 
-def prepare(engine: Engine, job: Job, inputs: Sequence[Input], numbers: Sequence[int]) -> Work:
-    """Token ids, what is shared, and batches. `numbers` are the places of the inputs among all of the call."""
+def prepare(engine: Engine, job: Job, inputs: Sequence[Input], numbers: Sequence[int], *, only: bool = False) -> Work:
+    """Token ids, what is shared, and batches. `numbers` are the places of the inputs among all of the call.
+
+    The batches of a call's `only` window are as small as gives every lane one.
+    """
     groups = [wordings(each) for each in inputs]
     rows = prepared(engine.tokenizer, job.form, groups, numbers, engine.spec.model.vocab_size, words=job.sparse is not None)
     counts = [len(group) * len(job.form.templates) for group in groups]
@@ -75,7 +80,10 @@ def prepare(engine: Engine, job: Job, inputs: Sequence[Input], numbers: Sequence
         behind = [cost(len(rows.ids[row]), before[row] + more, job.budget.balance) for row, more in zip(alone, overlap, strict=True)]
         keys = [len(rows.ids[row]) - before[row] for row in alone]
     costs = [cost(len(rows.ids[row]), before[row], job.budget.balance) for row in alone]
-    batches = plan(costs, min(job.budget.tokens, engine.fits or job.budget.tokens), job.max_texts, behind=behind, keys=keys)
+    budget: float = min(job.budget.tokens, engine.fits or job.budget.tokens)
+    if only and len(engine.lanes) > 1:
+        budget = min(budget, max(LEAST, sum(behind or costs) / len(engine.lanes)))
+    batches = plan(costs, budget, job.max_texts, behind=behind, keys=keys)
     # variants of a text are texts to the templates, so that either is told by the index of its input
     cut, repaired = ({int(owner[row * len(job.form.templates)]) for row in found} for found in (rows.truncated, rows.replaced))
     planned = [[alone[n] for n in batch] for batch in batches]

@@ -15,6 +15,7 @@ from test_lora import train
 from test_recipes import of_type  # noqa: F401 - a fixture
 
 from pyembed import Encoder, hub, sparse
+from pyembed.options import cores
 
 ROOT = Path(__file__).parent.parent
 Made = Callable[[str, bool], Path]
@@ -91,9 +92,12 @@ def test_the_page_of_throughput_runs(minilm: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     encoder = Encoder(minilm, device="cpu", prompts={"document": "read: "})
     space: dict[str, Any] = {"encoder": encoder, "docs": lines}
-    file, ids = blocks("docs/throughput.md")
+    file, ids, several = blocks("docs/throughput.md")
     exec(file.replace("1_000_000", "5"), space)
     assert np.array_equal(np.load(tmp_path / "huge.npy")[:3], encoder.encode(lines).astype(np.float16))
     assert len(space["vectors"]) == 3
     exec(ids, space)
     assert np.array_equal(space["vectors"], encoder.encode_document(lines))
+    if len(cores()) > 1:
+        exec(several.replace("sentence-transformers/all-MiniLM-L6-v2", str(minilm)), space)
+        assert len(space["encoder"].devices) == len(space["vectors"]) == 2

@@ -100,8 +100,8 @@ def test_windows_are_prepared_while_others_run(encoder: Encoder, expected: np.nd
     prepared = threading.Event()
     prepare = engine.prepare
 
-    def second(*given: Any) -> Any:
-        out = prepare(*given)
+    def second(*given: Any, **named: Any) -> Any:
+        out = prepare(*given, **named)
         if given[3][0] == 10:
             prepared.set()
         return out

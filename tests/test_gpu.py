@@ -32,3 +32,11 @@ def test_encode_moves_the_model(minilm):
     encoder = Encoder(minilm, device="cpu")
     encoder.encode("a", device="cuda")
     assert encoder.device.type == "cuda"
+
+
+def test_workers_on_cuda_and_the_cpu(minilm):
+    right = Encoder(minilm, device="cpu", dtype="float32").encode(TEXTS * 9)
+    encoder = Encoder(minilm, device=["cuda:0", "cpu"], dtype="float32", tokens_per_batch=64)
+    assert (encoder.encode(TEXTS * 9) * right).sum(1).min() >= 0.99999
+    assert [str(each) for each in encoder.devices] == ["cuda:0", "cpu"]
+    assert encoder.encode(TEXTS, convert_to_tensor=True).is_cuda
