@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyembed import prompts, quantize, request, sparse, stack
+from pyembed import pickled, planned, prompts, quantize, request, sparse, stack
 from pyembed.config import ModelSpec, Output, Template
 from pyembed.info import summary
 from pyembed.job import Input, Stats
@@ -33,9 +33,9 @@ from pyembed.options import (
     tokenizer_of,
     with_variants,
 )
+from pyembed.planned import Plan
 from pyembed.prompts import Example
 from pyembed.quantize import Array, Precision
-from pyembed.recipes import recipes
 from pyembed.results import check_out, collect, into, per_token, running, shaped, streamed
 from pyembed.rows import Text
 from pyembed.runner import Loaded
@@ -208,13 +208,7 @@ class Encoder:
         return summary(self.model, self._family.name, self._engine, self.dim, self.max_seq_length, self._stack)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its arguments and what was set since, without the token: the other side loads the local directory again."""
-        names = ("prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim", "max_seq_length")
-        now = {name: getattr(self, name) for name in names}
-        name = self._spec.recipe.name
-        now |= {"model": str(self._stack.base), "adapters": [str(each) for each in self._stack.adapters], "adapter": self.adapter or False}
-        now |= {"recipe": name if name in recipes() else None, "device": [str(each) for each in self.devices]}
-        return rebuild, (self._arguments | now | {"revision": None, "token": None}, {name: self._arguments[name] for name in names})
+        return pickled.reduced(self)
 
     # Encoding
 
@@ -384,6 +378,19 @@ class Encoder:
         """
         return request.token_ids(self, texts, prompt=prompt, prompt_name=prompt_name, examples=examples)
 
+    def plan(
+        self,
+        inputs: Iterable[Text],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        examples: Sequence[Example] = (),
+    ) -> Plan:
+        """What `encode` would run for these texts, batch by batch, to look at or to print. They are tokenised and no more."""
+        job = request.job(self, prompt=prompt, prompt_name=prompt_name, batch_size=batch_size, examples=examples)
+        return planned.plan(self._engine, job, as_texts(inputs)[1])
+
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """Scores [N, M] float32 of two sets of vectors, by the model's similarity function."""
         return quantize.similarity(self.similarity_fn_name, embeddings1, embeddings2)
@@ -391,10 +398,3 @@ class Encoder:
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """Scores [N] of vectors paired by place."""
         return quantize.similarity(self.similarity_fn_name, embeddings1, embeddings2, pairwise=True)
-
-
-def rebuild(arguments: dict[str, Any], given: dict[str, Any]) -> Encoder:
-    """An Encoder made from what it was `given`, then set to what it was: as an argument, a None or a filled prompt means another thing."""
-    encoder = Encoder(**(arguments | given))
-    vars(encoder).update({"_max_seq_length" if name == "max_seq_length" else name: arguments[name] for name in given})
-    return encoder

@@ -34,7 +34,8 @@ class Plan:
         run = sum(each.tokens for each in self.batches)
         saved = f"{self.shared:,} given by prompts or other texts, {self.tokens - run - self.shared:,} in {self.duplicates:,} duplicates"
         lines = [
-            f"{self.texts:,} texts, {self.tokens:,} tokens: {run:,} are run ({saved}), in {len(self.batches):,} batches of {self.budget:,}",
+            f"{self.texts:,} texts, {self.tokens:,} tokens: {run:,} are run ({saved})",
+            f"{len(self.batches):,} batches, each of at most {self.budget:,} tokens, attention counted in",
             f"{'batch':>7} {'window':>7} {'texts':>7} {'tokens':>9} {'longest':>8} {'of budget':>10}",
         ]
         for n, each in enumerate(self.batches[:SHOWN]):
