@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from pyembed.ops import Ops, PoolMode
 
+COST_PER_TOKEN = 2  # of the budget: long texts may make a batch take so many times as long as short ones
 KEYS_PER_TOKEN = 8  # of the budget: keys of texts that share tokens are gathered in every layer, and cost memory without being run
 ROW_MULTIPLE = 16  # with this, a row of torch's CPU GEMMs has the same bits whatever else is in the batch
 
@@ -60,28 +62,41 @@ class Kept:
     batch: PackedBatch  # the kept rows as a batch of their own, whose spans are all of them
 
 
-def plan(
-    costs: Sequence[float],
-    budget: float,
-    max_texts: int | None = None,
-    *,
-    behind: Sequence[float] | None = None,
-    keys: Sequence[int] | None = None,
-) -> list[list[int]]:
-    """Indices of texts, dearest first, in batches that cost at most `budget` and have at most `max_texts` texts, but one at least.
+def plan(tokens: Sequence[int], costs: Sequence[float], budget: int, max_texts: int | None = None) -> list[list[int]]:
+    """Indices of texts in batches of at most `budget` tokens, COST_PER_TOKEN * budget of cost and `max_texts` texts, but one at least.
 
-    With `behind` they stay in their order: it is what a text costs behind the one before it, `costs` what it does at a batch's start.
-    A batch has at most KEYS_PER_TOKEN * budget of the texts' `keys`.
+    Each batch begins with the longest text that is left and takes the longest that fit beside it, so that all but the last are about
+    full: batches of one size run the same GEMMs.
+    """
+    left = sorted(range(len(tokens)), key=lambda n: (tokens[n], -n))
+    sizes = [tokens[n] for n in left]
+    batches: list[list[int]] = []
+    while left:
+        room, cost, at = budget, 0.0, len(left) - 1
+        batches.append([])
+        while at >= 0 and (max_texts is None or len(batches[-1]) < max_texts):
+            cost += costs[left[at]]
+            if batches[-1] and cost > COST_PER_TOKEN * budget:
+                break
+            room -= sizes.pop(at)
+            batches[-1].append(left.pop(at))
+            at = bisect_right(sizes, room, hi=at) - 1
+    return batches
+
+
+def plan_in_order(
+    costs: Sequence[float], behind: Sequence[float], keys: Sequence[int], budget: int, max_texts: int | None = None
+) -> list[list[int]]:
+    """Batches of consecutive texts, each with at most `budget` of cost: behind[n] behind text n - 1, costs[n] at a batch's start. They have
+    at most KEYS_PER_TOKEN * budget of the texts' `keys`, and one text at least.
     """
     batches: list[list[int]] = []
-    order = sorted(range(len(costs)), key=lambda i: -costs[i]) if behind is None else range(len(costs))
     cost, held = 0.0, 0
-    for index in order:
-        more, gathered = costs[index] if behind is None else behind[index], 0 if keys is None else keys[index]
+    for index, (first, more, gathered) in enumerate(zip(costs, behind, keys, strict=True)):
         full = cost + more > budget or held + gathered > KEYS_PER_TOKEN * budget
         if not batches or full or (max_texts is not None and len(batches[-1]) >= max_texts):
             batches.append([])
-            cost, held, more = 0.0, 0, costs[index]
+            cost, held, more = 0.0, 0, first
         batches[-1].append(index)
         cost, held = cost + more, held + gathered
     return batches

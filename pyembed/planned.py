@@ -18,7 +18,7 @@ class Batch:
     texts: int  # rows, where a text has several
     tokens: int  # that are run
     longest: int  # tokens of the longest text, what it shares included
-    cost: float  # of the budget: the tokens, and their attention
+    cost: float  # in tokens: those that are run, and their attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +35,12 @@ class Plan:
         saved = f"{self.shared:,} given by prompts or other texts, {self.tokens - run - self.shared:,} in {self.duplicates:,} duplicates"
         lines = [
             f"{self.texts:,} texts, {self.tokens:,} tokens: {run:,} are run ({saved})",
-            f"{len(self.batches):,} batches, each of at most {self.budget:,} tokens, attention counted in",
-            f"{'batch':>7} {'window':>7} {'texts':>7} {'tokens':>9} {'longest':>8} {'of budget':>10}",
+            f"{len(self.batches):,} batches, each of at most {self.budget:,} tokens unless a text alone has more",
+            f"{'batch':>7} {'window':>7} {'texts':>7} {'tokens':>9} {'of budget':>10} {'cost':>9} {'longest':>8}",
         ]
         for n, each in enumerate(self.batches[:SHOWN]):
-            share = f"{each.cost / self.budget:.0%}"
-            lines.append(f"{n:7,} {each.window:7,} {each.texts:7,} {each.tokens:9,} {each.longest:8,} {share:>10}")
+            share = f"{each.tokens / self.budget:.0%}"
+            lines.append(f"{n:7,} {each.window:7,} {each.texts:7,} {each.tokens:9,} {share:>10} {each.cost:9,.0f} {each.longest:8,}")
         if len(self.batches) > SHOWN:
             lines.append(f"    ... {len(self.batches) - SHOWN:,} more")
         return "\n".join(lines)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyembed import prompts
-from pyembed.batch import KEYS_PER_TOKEN, plan
+from pyembed.batch import KEYS_PER_TOKEN, plan, plan_in_order
 from pyembed.config import ModelSpec
 from pyembed.job import Engine, Input, Job, Stats, wordings
 from pyembed.prefix import neighbours, overlaps, shared_tokens
@@ -73,17 +73,20 @@ def prepare(engine: Engine, job: Job, inputs: Sequence[Input], numbers: Sequence
     shared = beginnings(engine, job, rows)
     twins = duplicates(rows) if job.sparse is None else {}
     alone = [row for row in range(len(rows.ids)) if row not in twins]
-    before, behind, keys = [count for _, count in shared], None, None
+    before = [count for _, count in shared]
     if job.share_prefixes:
         alone = neighbours(alone, rows.ids, before)
+    costs = [cost(len(rows.ids[row]), before[row], job.budget.balance) for row in alone]
+    own = [len(rows.ids[row]) - before[row] for row in alone]
+    budget = min(job.budget.tokens, engine.fits or job.budget.tokens)
+    if only and len(engine.lanes) > 1:
+        budget = min(budget, max(LEAST, -(-sum(own) // len(engine.lanes))))
+    if job.share_prefixes:
         overlap = overlaps([rows.ids[row] for row in alone], [before[row] for row in alone])
         behind = [cost(len(rows.ids[row]), before[row] + more, job.budget.balance) for row, more in zip(alone, overlap, strict=True)]
-        keys = [len(rows.ids[row]) - before[row] for row in alone]
-    costs = [cost(len(rows.ids[row]), before[row], job.budget.balance) for row in alone]
-    budget: float = min(job.budget.tokens, engine.fits or job.budget.tokens)
-    if only and len(engine.lanes) > 1:
-        budget = min(budget, max(LEAST, sum(behind or costs) / len(engine.lanes)))
-    batches = plan(costs, budget, job.max_texts, behind=behind, keys=keys)
+        batches = plan_in_order(costs, behind, own, budget, job.max_texts)
+    else:
+        batches = plan(own, costs, budget, job.max_texts)
     # variants of a text are texts to the templates, so that either is told by the index of its input
     cut, repaired = ({int(owner[row * len(job.form.templates)]) for row in found} for found in (rows.truncated, rows.replaced))
     planned = [[alone[n] for n in batch] for batch in batches]

@@ -18,7 +18,7 @@ from test_recipes import of_type  # noqa: F401 - a fixture
 from test_reuse import CAUSAL, same
 
 from pyembed import Encoder, blocks, engine, planned, prefix, request, runner, weights
-from pyembed.batch import KEYS_PER_TOKEN, pack, plan
+from pyembed.batch import KEYS_PER_TOKEN, pack, plan_in_order
 from pyembed.config import Template
 from pyembed.ops import reference
 from pyembed.prefix import LEAST, neighbours, overlaps
@@ -183,14 +183,13 @@ def test_paths() -> None:
 
 
 def test_the_budget_counts_what_runs_and_bounds_the_keys() -> None:
-    tens = [10.0] * 4
-    assert plan(tens, 20) == [[0, 1], [2, 3]]
-    assert plan(tens, 20, behind=[10, 2, 5, 5]) == [[0, 1, 2], [3]], "10 + 2 + 5, and a batch's first text runs whole"
-    assert plan(tens, 20, behind=[10, 2, 5, 11]) == [[0, 1, 2], [3]]
-    assert plan([20, 10, 10], 20, behind=[20, 1, 11]) == [[0], [1], [2]], "10 + 11, not 1 + 11"
-    assert plan(tens, 20, 2, behind=[10, 2, 2, 2]) == [[0, 1], [2, 3]]
-    assert plan([3, 5, 4], 20, behind=[3, 5, 4]) == [[0, 1, 2]], "the order stays"
-    batches = plan([100.0] * 50, 150, behind=[100.0] + [1.0] * 49, keys=[100] * 50)
+    tens, none = [10.0] * 4, [0] * 4
+    assert plan_in_order(tens, [10, 2, 5, 5], none, 20) == [[0, 1, 2], [3]], "10 + 2 + 5, and a batch's first text runs whole"
+    assert plan_in_order(tens, [10, 2, 5, 11], none, 20) == [[0, 1, 2], [3]]
+    assert plan_in_order([20, 10, 10], [20, 1, 11], [0] * 3, 20) == [[0], [1], [2]], "10 + 11, not 1 + 11"
+    assert plan_in_order(tens, [10, 2, 2, 2], none, 20, 2) == [[0, 1], [2, 3]]
+    assert plan_in_order([3, 5, 4], [3, 5, 4], [0] * 3, 20) == [[0, 1, 2]], "the order stays"
+    batches = plan_in_order([100.0] * 50, [100.0] + [1.0] * 49, [100] * 50, 150)
     assert max(map(len, batches)) == KEYS_PER_TOKEN * 150 // 100
 
 

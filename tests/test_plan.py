@@ -1,0 +1,116 @@
+"""Batches under a budget: full, bounded, complete; the cost of long texts; sizes that are padded to; a plan that can be looked at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import checkpoints
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyembed import Encoder, engine
+from pyembed.batch import COST_PER_TOKEN, padded, plan
+from pyembed.ops import cuda
+from pyembed.ops.budget import activation_bytes, balance
+
+Directory = Callable[[str], Path]
+
+
+@given(
+    tokens=st.lists(st.integers(1, 300), max_size=60),
+    budget=st.integers(1, 400),
+    quadratic=st.sampled_from([math.inf, 50.0]),
+    max_texts=st.none() | st.integers(1, 5),
+)
+def test_batches_are_complete_and_within_the_budget(tokens: list[int], budget: int, quadratic: float, max_texts: int | None) -> None:
+    costs = [each * (1 + each / quadratic) for each in tokens]
+    batches = plan(tokens, costs, budget, max_texts)
+    assert sorted(n for batch in batches for n in batch) == list(range(len(tokens)))
+    for batch in batches:
+        assert len(batch) == 1 or sum(tokens[n] for n in batch) <= budget
+        assert len(batch) == 1 or sum(costs[n] for n in batch) <= COST_PER_TOKEN * budget
+        assert max_texts is None or len(batch) <= max_texts
+        assert tokens[batch[0]] == max(tokens[n] for n in batch)
+    if max_texts is None and quadratic == math.inf:  # what is put behind a batch would not have fitted into it
+        for number, batch in enumerate(batches):
+            room = budget - sum(tokens[n] for n in batch)
+            assert all(tokens[n] > room for later in batches[number + 1 :] for n in later)
+
+
+def test_batches_are_full() -> None:
+    """Consecutive texts of a sorted list would leave 40% of each of these empty."""
+    tokens = [60] * 10 + [40] * 10 + [1] * 10
+    batches = plan(tokens, [float(each) for each in tokens], 100)
+    assert [sum(tokens[n] for n in batch) for batch in batches] == [100] * 10 + [10]
+
+
+def test_long_texts_do_not_stall_a_batch() -> None:
+    tokens, at = [2000] * 4 + [10] * 100, 1000.0
+    costs = [each * (1 + each / at) for each in tokens]
+    batches = plan(tokens, costs, 8192)
+    assert [len(batch) for batch in batches] == [2, 102], "6,000 tokens each: a third would cost more than twice 8,192"
+    assert len(plan(tokens, [float(each) for each in tokens], 8192)[0]) > 4
+
+
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 128, 129, 1000, 4095, 4096, 4097, 100_000])
+def test_rows_are_padded_to_few_sizes(rows: int) -> None:
+    assert padded(rows) >= max(rows, 16)
+    assert padded(rows) % 16 == 0
+    assert padded(rows) == padded(padded(rows))
+    assert rows < 16 or padded(rows) <= max(rows + 15, rows * 9 / 8)
+    assert len({padded(n) for n in range(4097)}) == 48
+
+
+def test_attention_meets_the_linear_layers_where_their_flops_say(checkpoint: Directory) -> None:
+    config = Encoder(checkpoint("qwen3"), device="cpu").spec.model
+    heads, keys = config.num_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    linear = 2 * config.hidden_size * (2 * heads + 2 * keys + 3 * config.intermediate_size)
+    length = balance(config, rate=1.0)
+    seen = (length + 1) / 2  # keys a token sees on average
+    assert abs(linear / (4 * heads * seen) - 1) < 0.02
+    bidirectional = Encoder(checkpoint("llama-bidirectional"), device="cpu").spec.model
+    assert not bidirectional.causal
+    assert activation_bytes(config, 4) == 2 * activation_bytes(config, 2)
+
+
+def test_a_gpus_budget_shrinks_with_its_free_memory(checkpoint: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Encoder(checkpoint("qwen3"), device="cpu").spec.model
+    each = activation_bytes(config, 2)
+    for free, tokens in ((1 << 50, cuda.TOKENS), (4 * 5000 * each, 5000), (0, 16)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 50))
+        assert cuda.budget(config, torch.bfloat16, torch.device("cuda")).tokens == tokens
+
+
+def test_a_number_of_tokens_is_taken_as_it_stands(minilm: Path) -> None:
+    """The device's budget counts attention in, a caller's own does not."""
+    texts = ["word " * 250] * 40
+    texts = [f"{n} {text}" for n, text in enumerate(texts)]
+    own = Encoder(minilm, device="cpu", tokens_per_batch=10_240).plan(texts)
+    assert [each.texts for each in own.batches] == [40]
+    assert own.batches[0].cost == own.batches[0].tokens
+    devices = Encoder(minilm, device="cpu").plan(texts)
+    assert sum(each.cost for each in devices.batches) > 1.1 * devices.tokens
+
+
+def test_a_plan_is_what_runs(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(minilm, device="cpu", dtype="float32")
+    monkeypatch.setattr(engine, "WINDOW_TEXTS", 16)
+    texts = [f"text {n % 30} " * (n % 7 + 1) for n in range(40)]
+    seen: list[int] = []
+    run = engine.run_batch
+    monkeypatch.setattr(engine, "run_batch", lambda *given: (seen.append(sum(map(len, given[2].ids))), run(*given))[1])
+    made = encoder.plan(texts)
+    assert not seen
+    encoder.encode(texts)
+    assert [each.tokens for each in made.batches] == seen
+    assert (made.texts, made.duplicates) == (40, encoder.stats.duplicates)
+    assert made.duplicates == 40 - len(set(texts))
+    assert made.tokens == sum(seen) == encoder.stats.tokens
+    lines = str(made).splitlines()
+    assert lines[0].startswith("40 texts, ")
+    assert len(lines) == 3 + len(seen)
+    assert str(encoder.plan(checkpoints.sentences([3] * 2))).count("\n") == 3
