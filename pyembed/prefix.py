@@ -89,6 +89,8 @@ def shareable(spec: ModelSpec) -> bool:
 def shared_tokens(ids: np.ndarray, head: np.ndarray) -> int:
     """How many of a text's first ids are those of its prompt `head`; one id is always its own, and fewer than LEAST count as none."""
     most = min(len(head), len(ids) - 1)
+    if most < LEAST:
+        return 0
     differ = np.flatnonzero(ids[:most] != head[:most])
     count = int(differ[0]) if len(differ) else most
     return count if count >= LEAST else 0

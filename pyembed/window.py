@@ -118,6 +118,10 @@ def duplicates(rows: prompts.Prepared) -> dict[int, int]:
 def check_rows(spec: ModelSpec, ids: Sequence[np.ndarray], inputs: np.ndarray) -> None:
     """ValueError that names the input for a row that the model cannot take."""
     config = spec.model
+    lengths = [len(row) for row in ids]
+    fit = config.position_offset is None or max(lengths) <= config.max_positions
+    if min(lengths) and fit and np.concatenate(ids).max() < config.vocab_size:
+        return
     for row, index in zip(ids, inputs, strict=True):
         if len(row) == 0:
             raise ValueError(f"Input {index} has no token and this model adds none; leave it out.")
