@@ -254,6 +254,8 @@ def progress(encoder: Encoder, total: int | None, *, quiet: bool) -> Iterator[No
         return
     from tqdm import tqdm
 
+    from pyembed.results import told
+
     terminal = sys.stderr.isatty()
     rates = "{n:,} of {total:,} texts [{elapsed}<{remaining}, " if total is not None else "{n:,} texts [{elapsed}, "
     bar = tqdm(
@@ -267,10 +269,9 @@ def progress(encoder: Encoder, total: int | None, *, quiet: bool) -> Iterator[No
     before, start, done = encoder.stats, time.perf_counter(), threading.Event()
 
     def draw() -> None:
-        now = encoder.stats
-        tokens = (now.tokens - before.tokens) / (time.perf_counter() - start)
-        bar.n = now.texts - before.texts
-        bar.set_postfix_str(f"{tokens:,.0f} tokens/s")
+        done_since = encoder.stats.since(before)
+        bar.n = done_since.texts
+        bar.set_postfix_str(told(done_since, time.perf_counter() - start, len(encoder.devices)))
 
     def keep_drawing() -> None:
         while not done.wait(0.2 if terminal else 10):

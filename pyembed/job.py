@@ -48,6 +48,10 @@ class Stats:
     duplicates: int = 0  # rows that repeated another of their window
     busy: float = 0.0  # seconds in which a device computed, summed over the devices
 
+    def since(self, before: Stats) -> Stats:
+        """What was added to `before`."""
+        return Stats(*(getattr(self, each.name) - getattr(before, each.name) for each in fields(self)))
+
     def add(self, more: Stats) -> None:
         for each in fields(self):
             setattr(self, each.name, getattr(self, each.name) + getattr(more, each.name))

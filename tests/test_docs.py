@@ -92,7 +92,8 @@ def test_the_page_of_throughput_runs(minilm: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     encoder = Encoder(minilm, device="cpu", prompts={"document": "read: "})
     space: dict[str, Any] = {"encoder": encoder, "docs": lines}
-    file, ids, several = blocks("docs/throughput.md")
+    plan, file, ids, several = blocks("docs/throughput.md")
+    exec(plan, space)
     exec(file.replace("1_000_000", "5"), space)
     assert np.array_equal(np.load(tmp_path / "huge.npy")[:3], encoder.encode(lines).astype(np.float16))
     assert len(space["vectors"]) == 3
