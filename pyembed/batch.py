@@ -62,11 +62,11 @@ class Kept:
     batch: PackedBatch  # the kept rows as a batch of their own, whose spans are all of them
 
 
-def plan(tokens: Sequence[int], costs: Sequence[float], budget: int, max_texts: int | None = None) -> list[list[int]]:
+def plan(tokens: Sequence[int], factors: Sequence[float], budget: int, max_texts: int | None = None) -> list[list[int]]:
     """Indices of texts in batches of at most `budget` tokens, COST_PER_TOKEN * budget of cost and `max_texts` texts, but one at least.
 
-    Each batch begins with the longest text that is left and takes the longest that fit beside it, so that all but the last are about
-    full: batches of one size run the same GEMMs.
+    A text's cost is its tokens times its factor. Each batch begins with the longest text that is left and takes the longest that fit
+    beside it, so that all but the last are about full: batches of one size run the same GEMMs.
     """
     left = sorted(range(len(tokens)), key=lambda n: (tokens[n], -n))
     sizes = [tokens[n] for n in left]
@@ -75,7 +75,7 @@ def plan(tokens: Sequence[int], costs: Sequence[float], budget: int, max_texts: 
         room, cost, at = budget, 0.0, len(left) - 1
         batches.append([])
         while at >= 0 and (max_texts is None or len(batches[-1]) < max_texts):
-            cost += costs[left[at]]
+            cost += sizes[at] * factors[left[at]]
             if batches[-1] and cost > COST_PER_TOKEN * budget:
                 break
             room -= sizes.pop(at)
@@ -85,20 +85,22 @@ def plan(tokens: Sequence[int], costs: Sequence[float], budget: int, max_texts: 
 
 
 def plan_in_order(
-    costs: Sequence[float], behind: Sequence[float], keys: Sequence[int], budget: int, max_texts: int | None = None
+    tokens: Sequence[int], shares: Sequence[int], factors: Sequence[float], budget: int, max_texts: int | None = None
 ) -> list[list[int]]:
-    """Batches of consecutive texts, each with at most `budget` of cost: behind[n] behind text n - 1, costs[n] at a batch's start. They have
-    at most KEYS_PER_TOKEN * budget of the texts' `keys`, and one text at least.
+    """The same for texts that stay in their order, of which shares[n] tokens are not run behind text n - 1, but are at a batch's start.
+
+    Their tokens, shared or not, are at most KEYS_PER_TOKEN * budget in a batch.
     """
     batches: list[list[int]] = []
-    cost, held = 0.0, 0
-    for index, (first, more, gathered) in enumerate(zip(costs, behind, keys, strict=True)):
-        full = cost + more > budget or held + gathered > KEYS_PER_TOKEN * budget
+    run, cost, held = 0, 0.0, 0
+    for index, (own, share, factor) in enumerate(zip(tokens, shares, factors, strict=True)):
+        more = own - share
+        full = run + more > budget or cost + more * factor > COST_PER_TOKEN * budget or held + own > KEYS_PER_TOKEN * budget
         if not batches or full or (max_texts is not None and len(batches[-1]) >= max_texts):
             batches.append([])
-            cost, held, more = 0.0, 0, first
+            run, cost, held, more = 0, 0.0, 0, own
         batches[-1].append(index)
-        cost, held = cost + more, held + gathered
+        run, cost, held = run + more, cost + more * factor, held + own
     return batches
 
 

@@ -6,6 +6,7 @@ process) has a thread that runs batches. A call whose texts fit one window needs
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -21,16 +22,17 @@ import torch
 
 from pyembed.job import Engine, Input, Job, Stats, wordings
 from pyembed.rows import extent
-from pyembed.runner import POLL, LaneLost, Loaded, Made, Reads, Rows, Stop, Stopped, check, out_of_memory, run_batch
+from pyembed.runner import POLL, LaneLost, Loaded, Made, Reads, Rows, Stop, check, out_of_memory, run_batch
 from pyembed.tokenizer import Tokenizer
 from pyembed.window import Window, Work, finish, place, prepare, room, rows_of
 
 WINDOW_TEXTS = 1024  # texts in flight: what an interrupt loses, and what a stream reads before its first vector
 WINDOW_CHARACTERS = 1 << 18
 AHEAD = 3  # windows under way: one that is run, one that waits, one that is prepared
-LOSSES = 3  # lanes that one text may end before it is an error
+LOSSES = 3  # lanes that may be lost over a text, with others and alone, before it is an error
 
 Advance = Callable[[Stats], Any]
+logger = logging.getLogger("pyembed")
 
 
 def local(model: Loaded, tokenizer: Tokenizer) -> Engine:
@@ -55,11 +57,12 @@ class Chunk:
 def windows(inputs: Iterable[Input], times: int = 1, *, once: bool = False) -> Iterator[tuple[Chunk, bool]]:
     """Chunks that end at so many times WINDOW_TEXTS inputs or WINDOW_CHARACTERS, and whether there may be more.
 
-    With `once` a text that was read before is not an input but a repeat. What the caller's iterator raises comes after the inputs that
-    it gave before.
+    With `once` a text that was read before is not an input but a repeat. A slow iterator is left now and then, with an empty chunk, for
+    finished windows to be handed out. What it raises comes after the inputs that it gave before.
     """
     chunk, characters, number = Chunk(), 0, -1
     seen: dict[str, int] = {}
+    looked = time.monotonic()
     try:
         for number, each in enumerate(inputs):
             if once and isinstance(each, str) and (earlier := seen.setdefault(each, number)) != number:
@@ -68,6 +71,9 @@ def windows(inputs: Iterable[Input], times: int = 1, *, once: bool = False) -> I
             chunk.inputs.append(each)
             chunk.numbers.append(number)
             characters += sum(map(extent, wordings(each)))
+            if time.monotonic() - looked > POLL:
+                yield Chunk(), True
+                looked = time.monotonic()
             if len(chunk.inputs) == WINDOW_TEXTS * times or characters >= WINDOW_CHARACTERS * times:
                 yield chunk, True
                 chunk, characters = Chunk(), 0
@@ -136,6 +142,15 @@ class Ticket:
         self.error = self.error or error
         self.done.set()
 
+    def check(self) -> None:
+        """Raise what went wrong, and forget it: an exception holds the frames that it went through, and they this ticket."""
+        error, self.error = self.error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error
+
 
 class Line:
     """The threads of one call, started when a second window is in sight."""
@@ -163,18 +178,17 @@ class Line:
             ticket.done.set()
             return ticket
         if not self.threads:
-            loops = [self.windows, *[self.batches] * len(self.engine.lanes)]
-            self.threads = [threading.Thread(target=self.loop, args=(tasks, torch.get_num_threads())) for tasks in loops]
-            for thread in self.threads:
+            for tasks in [self.windows, *[self.batches] * len(self.engine.lanes)]:
+                thread = threading.Thread(target=self.loop, args=(tasks, torch.get_num_threads()))
                 thread.start()
+                self.threads.append(thread)
         self.windows.put(partial(self.prepare, ticket, only))
         return ticket
 
     def result(self, ticket: Ticket) -> Window:
         """What a window gave, once it is done."""
         ticket.done.wait()
-        if ticket.error is not None:
-            raise ticket.error
+        ticket.check()
         window, counts = finish(self.engine, self.job, ticket.work, ticket.chunk.repeats, self.cut)
         self.report(counts)
         return window
@@ -230,35 +244,34 @@ class Line:
         """Run a batch on the next free lane and place what comes; in halves where memory runs out or lanes are lost over it."""
         tokens, fits = room(work, batch), self.engine.fits
         if fits is not None and tokens > fits and len(batch) > 1:
-            return self.halves(work, batch)
-        rows, number = rows_of(work, batch), self.free_lane()
-        started, made = time.perf_counter(), None
+            return self.halves(work, batch, losses)
+        alone = f"Input {work.numbers[work.owner[batch[0]]]}" if len(batch) == 1 else ""
         try:
-            made = self.engine.lanes[number](self.job.reads, rows, self.stopped)
-        except (LaneLost, RuntimeError) as error:
-            lost = isinstance(error, LaneLost)
-            if not lost and (isinstance(error, Stopped) or not out_of_memory(error)):
+            made = self.on_a_lane(rows_of(work, batch))
+        except LaneLost as error:
+            if alone and losses + 1 >= LOSSES:
+                raise RuntimeError(f"{alone} ends every worker process that runs it; the last: {error}") from error
+            again = alone or losses == 0  # whatever happened to the lane, it may not have been the batch
+            return self.run_batch(work, batch, losses + 1) if again else self.halves(work, batch, losses)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
                 raise
-            problem: Exception = error
+            if alone:
+                raise MemoryError(f"{alone} alone, {tokens:,} tokens, does not fit into memory; lower max_seq_length. ({error})") from error
+            self.shrink(tokens)
+            return self.halves(work, batch, losses)
+        return self.report(place(self.engine, self.job, work, batch, made))
+
+    def on_a_lane(self, rows: Rows) -> Made:
+        """Run a batch on a lane that no other call uses. One lane has a lock of its own."""
+        lanes = self.engine.lanes
+        if len(lanes) == 1:
+            return lanes[0](self.job.reads, rows, self.stopped)
+        number = self.free_lane()
+        try:
+            return lanes[number](self.job.reads, rows, self.stopped)
         finally:
-            seconds = time.perf_counter() - started
             self.engine.free.put(number)
-        if made is not None:
-            done = place(self.engine, self.job, work, batch, made)
-            done.busy = seconds
-            return self.report(done)
-        if len(batch) == 1 and (not lost or losses + 1 >= LOSSES):
-            raise self.hopeless(work, batch[0], problem, number) from problem
-        if lost and losses == 0:  # whatever happened to it, it may not have been the batch
-            return self.run_batch(work, batch, 1)
-        if lost and len(batch) == 1:
-            return self.run_batch(work, batch, losses + 1)
-        if not lost:
-            with self.engine.lock:
-                self.engine.fits = min(self.engine.fits or tokens, max(1, tokens // 2))
-            if self.engine.devices[number].type == "cuda":
-                torch.cuda.empty_cache()
-        return self.halves(work, batch)
 
     def free_lane(self) -> int:
         """The number of a lane that no call uses; the caller puts it back."""
@@ -267,17 +280,18 @@ class Line:
             with suppress(Empty):
                 return self.engine.free.get(timeout=POLL)
 
-    def halves(self, work: Work, batch: list[int]) -> None:
-        middle = len(batch) // 2
-        self.run_batch(work, batch[:middle])
-        self.run_batch(work, batch[middle:])
+    def shrink(self, tokens: int) -> None:
+        """Remember that so many tokens did not fit."""
+        with self.engine.lock:
+            fits = self.engine.fits = min(self.engine.fits or tokens, max(1, tokens // 2))
+        logger.warning("A batch of %d tokens did not fit into memory; from now on batches have at most %d.", tokens, fits)
+        if any(each.type == "cuda" for each in self.engine.devices) and self.engine.local is not None:
+            torch.cuda.empty_cache()
 
-    def hopeless(self, work: Work, row: int, error: Exception, number: int) -> Exception:
-        """The error for a text that cannot be run."""
-        if isinstance(error, LaneLost):
-            index = work.numbers[work.owner[row]]
-            return RuntimeError(f"Input {index} ended {LOSSES} worker processes one after the other; the last: {error}")
-        return MemoryError(f"One text alone does not fit into the memory of {self.engine.devices[number]}; lower max_seq_length.")
+    def halves(self, work: Work, batch: list[int], losses: int) -> None:
+        middle = len(batch) // 2
+        self.run_batch(work, batch[:middle], losses)
+        self.run_batch(work, batch[middle:], losses)
 
     def report(self, done: Stats) -> None:
         self.engine.count(done)

@@ -41,11 +41,11 @@ class Stats:
     """What an encoder has done since it was loaded."""
 
     texts: int = 0
-    tokens: int = 0  # specials included
+    tokens: int = 0  # of the texts that were tokenised, specials included; repeats in a list are not
     truncated: int = 0  # texts that were cut to max_seq_length
     replaced: int = 0  # texts whose lone surrogates became U+FFFD
     prefix_tokens: int = 0  # of `tokens`, those whose states a prompt or another text of the batch had already given
-    duplicates: int = 0  # rows that repeated another of their window
+    duplicates: int = 0  # texts of a list, or rows of a window, that repeated an earlier one
     busy: float = 0.0  # seconds in which a device computed, summed over the devices
 
     def since(self, before: Stats) -> Stats:

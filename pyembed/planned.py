@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from pyembed.batch import COST_PER_TOKEN
 from pyembed.engine import windows
 from pyembed.job import Engine, Input, Job
-from pyembed.window import cost, given, prepare
+from pyembed.window import given, prepare
 
 SHOWN = 40  # batches that are printed
 
@@ -21,7 +22,7 @@ class Batch:
     cost: float  # in tokens: those that are run, and their attention
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
     batches: tuple[Batch, ...]
     budget: int
@@ -30,12 +31,14 @@ class Plan:
     duplicates: int  # texts, or rows of a window, that repeat an earlier one
     shared: int  # tokens whose states a prompt or another text of the batch gives
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         run = sum(each.tokens for each in self.batches)
-        saved = f"{self.shared:,} given by prompts or other texts, {self.tokens - run - self.shared:,} in {self.duplicates:,} duplicates"
+        saved = {"given by prompts or other texts": self.shared, "in rows that repeat others": self.tokens - run - self.shared}
+        told = "".join(f", {count:,} {what}" for what, count in saved.items() if count)
+        repeats = f" ({self.duplicates:,} repeat an earlier one)" if self.duplicates else ""
         lines = [
-            f"{self.texts:,} texts, {self.tokens:,} tokens: {run:,} are run ({saved})",
-            f"{len(self.batches):,} batches, each of at most {self.budget:,} tokens unless a text alone has more",
+            f"Texts: {self.texts:,}{repeats}. Tokens: {self.tokens:,}, of which {run:,} are run{told}.",
+            f"Batches: {len(self.batches):,}, of at most {self.budget:,} tokens, cost {COST_PER_TOKEN * self.budget:,}, or one text.",
             f"{'batch':>7} {'window':>7} {'texts':>7} {'tokens':>9} {'of budget':>10} {'cost':>9} {'longest':>8}",
         ]
         for n, each in enumerate(self.batches[:SHOWN]):
@@ -48,18 +51,19 @@ class Plan:
 
 def plan(engine: Engine, job: Job, inputs: Iterable[Input]) -> Plan:
     """Tokenise all inputs and plan them as `engine.run` would."""
-    batches, texts, tokens, duplicates, shared = [], 0, 0, 0, 0
-    for number, (chunk, more) in enumerate(windows(inputs, job.budget.windows, once=isinstance(inputs, Sequence))):
+    batches, number, texts, tokens, duplicates, shared = [], 0, 0, 0, 0, 0
+    for chunk, more in windows(inputs, job.budget.windows, once=isinstance(inputs, Sequence)):
         texts, duplicates = texts + len(chunk.inputs) + len(chunk.repeats), duplicates + len(chunk.repeats)
         if not chunk.inputs:
-            break
+            continue
         work = prepare(engine, job, chunk.inputs, chunk.numbers, only=number == 0 and not more)
         lengths = [len(ids) for ids in work.rows.ids]
         for rows in work.batches:
             less = given(work, rows)
-            costs = [cost(lengths[row], saved, job.budget.balance) for row, saved in zip(rows, less, strict=True)]
-            run = sum(lengths[row] for row in rows) - sum(less)
-            batches.append(Batch(number, len(rows), run, max(lengths[row] for row in rows), sum(costs)))
+            own = [lengths[row] - saved for row, saved in zip(rows, less, strict=True)]
+            dear = sum(tokens * (1 + lengths[row] / job.budget.balance) for row, tokens in zip(rows, own, strict=True))
+            batches.append(Batch(number, len(rows), sum(own), max(lengths[row] for row in rows), dear))
             shared += sum(less)
-        tokens, duplicates = tokens + sum(lengths), duplicates + len(work.twins)
-    return Plan(tuple(batches), job.budget.tokens, texts, tokens, duplicates, shared)
+        tokens, duplicates, number = tokens + sum(lengths), duplicates + len(work.twins), number + 1
+    most = min(job.budget.tokens, engine.fits or job.budget.tokens)
+    return Plan(tuple(batches), most, texts, tokens, duplicates, shared)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +22,9 @@ from pyembed.ops import Ops
 from pyembed.prefix import PrefixCache, Run, gathered, joined
 
 Shared = tuple[np.ndarray, int]  # what a text begins with, and how many of its tokens are taken from there
-Made = tuple[Tensor, list[Tensor]]  # vectors [n, dim] or logits [n, V], float32 on the CPU; token states [length, D] each, or none
 Stop = Callable[[], bool]  # whether nobody waits for the result any more
+# of torch's allocator, and of oneDNN where it finds no room for a GEMM's code or scratch
+NO_MEMORY = ("not enough memory", "can't allocate memory", "could not create a primitive", "could not create a memory")
 POLL = 0.2  # seconds after which a thread that waits asks that again
 
 
@@ -52,6 +55,14 @@ class Rows:
     overlap: Sequence[int] | None = None  # tokens after those that each text shares with the one in front of it
 
 
+class Made(NamedTuple):
+    """What a batch gives."""
+
+    vectors: Tensor  # [n, dim] float32 on the CPU; logits [n, V] where they were asked for
+    states: list[Tensor]  # [length, D] each, or none
+    seconds: float  # that the device was taken
+
+
 @dataclass(slots=True)
 class Loaded:
     """A model on one device."""
@@ -76,6 +87,7 @@ def device_of(model: Loaded) -> Iterator[None]:
 def run_batch(model: Loaded, reads: Reads, rows: Rows, stop: Stop | None = None) -> Made:
     """Vectors or logits of the rows, and their token states if asked for. Stopped where `stop` says so between two layers."""
     with device_of(model):
+        start = time.perf_counter()
         spans = [(0, len(each)) for each in rows.ids] if reads.logits else rows.spans
         prefixes = gathered([(prefix_of(model, head, stop), count) if count else None for head, count in rows.shared], model.device)
         batch: PackedBatch = pack(rows.ids, spans, model.ops, model.device, [count for _, count in rows.shared], rows.overlap)
@@ -90,12 +102,12 @@ def run_batch(model: Loaded, reads: Reads, rows: Rows, stop: Stop | None = None)
         make = heads.logits if reads.logits else partial(heads.pool, spec=model.spec)
         vectors = make(hidden, weights=model.weights, batch=batch if kept is None else kept.batch, ops=model.ops)
         states = heads.token_vectors(hidden, model.weights, batch, model.ops) if reads.tokens else []
-        return vectors.cpu(), states
+        return Made(vectors.cpu(), states, time.perf_counter() - start)
 
 
 def check(stop: Stop | None) -> None:
     if stop is not None and stop():
-        raise Stopped("The call was given up: the thread that made it has ended, and so has the main thread.")
+        raise Stopped("Nobody waits for this batch: its call was closed, or its thread and the main thread have ended.")
 
 
 def prefix_of(model: Loaded, ids: np.ndarray, stop: Stop | None) -> Run:
@@ -112,7 +124,7 @@ def prefix_of(model: Loaded, ids: np.ndarray, stop: Stop | None) -> Run:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """CUDA has an exception of its own; the CPU allocator raises a RuntimeError with this text."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("not enough memory" in str(error) or "can't allocate memory" in str(error))
-    )
+    """CUDA and the C++ kernels have exceptions of their own; torch on a CPU raises a RuntimeError with one of these texts."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in NO_MEMORY)

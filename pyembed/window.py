@@ -34,7 +34,7 @@ class Work:
     texts: list[Text]  # per variant
     rows: prompts.Prepared
     shared: list[Shared]  # per row
-    overlapping: bool  # rows of a batch run their common beginnings once
+    overlap: dict[int, int] | None  # per row that is run, tokens it shares with the row in front of it; None where rows do not share
     twins: dict[int, int]  # rows that repeat another one, which alone is run
     batches: list[list[int]]  # rows
     cut: set[int]  # texts that were cut
@@ -53,7 +53,7 @@ class Window:
     numbers: np.ndarray  # [n] place of each text among all of the call
     repeats: Sequence[tuple[int, int]]  # places of texts that repeat an earlier one, and of that one; they have no vector here
     ids: list[np.ndarray]  # [length] int32 per row
-    states: list[Tensor]  # [length, D] per row on the device; empty unless the job asks for them
+    states: list[Tensor]  # [length, D] per row, where they were computed; empty unless the job asks for them
     sparse: list[SparseVector]  # per text; empty unless the job asks for them, and then `vectors` has no columns
     truncated: int  # texts that were cut
     replaced: int  # texts whose lone surrogates became U+FFFD
@@ -76,27 +76,23 @@ def prepare(engine: Engine, job: Job, inputs: Sequence[Input], numbers: Sequence
     before = [count for _, count in shared]
     if job.share_prefixes:
         alone = neighbours(alone, rows.ids, before)
-    costs = [cost(len(rows.ids[row]), before[row], job.budget.balance) for row in alone]
     own = [len(rows.ids[row]) - before[row] for row in alone]
+    factors = [1 + len(rows.ids[row]) / job.budget.balance for row in alone]
     budget = min(job.budget.tokens, engine.fits or job.budget.tokens)
     if only and len(engine.lanes) > 1:
         budget = min(budget, max(LEAST, -(-sum(own) // len(engine.lanes))))
+    overlap = None
     if job.share_prefixes:
-        overlap = overlaps([rows.ids[row] for row in alone], [before[row] for row in alone])
-        behind = [cost(len(rows.ids[row]), before[row] + more, job.budget.balance) for row, more in zip(alone, overlap, strict=True)]
-        batches = plan_in_order(costs, behind, own, budget, job.max_texts)
+        shares = overlaps([rows.ids[row] for row in alone], [before[row] for row in alone])
+        overlap = dict(zip(alone, shares, strict=True))
+        batches = plan_in_order(own, shares, factors, budget, job.max_texts)
     else:
-        batches = plan(own, costs, budget, job.max_texts)
+        batches = plan(own, factors, budget, job.max_texts)
     # variants of a text are texts to the templates, so that either is told by the index of its input
     cut, repaired = ({int(owner[row * len(job.form.templates)]) for row in found} for found in (rows.truncated, rows.replaced))
     planned = [[alone[n] for n in batch] for batch in batches]
     texts = [text for group in groups for text in group]
-    return Work(places, counts, owner, texts, rows, shared, job.share_prefixes, twins, planned, cut, repaired)
-
-
-def cost(length: int, shared: int, balance: float) -> float:
-    """A text's share of a budget: its tokens that have to be run, and their attention to all of them."""
-    return (length - shared) * (1 + length / balance)
+    return Work(places, counts, owner, texts, rows, shared, overlap, twins, planned, cut, repaired)
 
 
 def beginnings(engine: Engine, job: Job, rows: prompts.Prepared) -> list[Shared]:
@@ -139,7 +135,7 @@ def check_rows(spec: ModelSpec, ids: Sequence[np.ndarray], inputs: np.ndarray) -
 
 def overlap_of(work: Work, batch: Sequence[int]) -> list[int] | None:
     """Tokens that each row of a batch shares with the one in front of it; None where rows do not share."""
-    return overlaps([work.rows.ids[row] for row in batch], [work.shared[row][1] for row in batch]) if work.overlapping else None
+    return None if work.overlap is None else [0, *(work.overlap[row] for row in batch[1:])]
 
 
 def given(work: Work, batch: Sequence[int]) -> list[int]:
@@ -162,11 +158,12 @@ def rows_of(work: Work, batch: Sequence[int]) -> Rows:
 
 def place(engine: Engine, job: Job, work: Work, batch: Sequence[int], made: Made) -> Stats:
     """Put a batch's results to their rows; what it adds to the counts. ValueError that names the input for what is not finite."""
-    vectors, states = made
+    vectors = made.vectors
     finite = torch.isfinite(vectors).all(1)
     if not bool(finite.all()):
         bad = work.numbers[work.owner[batch[int((~finite).nonzero()[0])]]]
-        raise ValueError(f"Input {bad} gives a vector with NaN or infinite values in {engine.dtype}; try dtype='float32'.")
+        out = "its weights or activations overflow" if engine.dtype == torch.float32 else "try dtype='float32'"
+        raise ValueError(f"Input {bad} gives a vector with NaN or infinite values in {engine.dtype}; {out}.")
     if job.sparse is not None:
         sparse = job.sparse(vectors, [str(work.texts[row]) for row in batch])
         work.sparse.update(zip(batch, sparse, strict=True))
@@ -175,8 +172,10 @@ def place(engine: Engine, job: Job, work: Work, batch: Sequence[int], made: Made
         if work.vectors is None:
             work.vectors = torch.empty((len(work.owner), vectors.shape[1]), dtype=torch.float32, device="cpu")
     work.vectors[list(batch)] = vectors
-    work.states.update(zip(batch, states, strict=False))
-    return counted(work, batch, prefix_tokens=sum(given(work, batch)))
+    work.states.update(zip(batch, made.states, strict=False))
+    done = counted(work, batch, prefix_tokens=sum(given(work, batch)))
+    done.busy = made.seconds
+    return done
 
 
 def counted(work: Work, batch: Sequence[int], *, prefix_tokens: int = 0, duplicates: int = 0) -> Stats:

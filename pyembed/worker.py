@@ -90,7 +90,7 @@ def serve(channel: Connection, threads: int, given: bytes) -> None:
             send(channel, answer(model, reads, rows, given_up))
 
 
-def answer(model: Loaded, reads: Any, rows: Any, stop: Any) -> tuple[Flat, list[Flat]] | Failed:
+def answer(model: Loaded, reads: Any, rows: Any, stop: Any) -> tuple[Flat, list[Flat], float] | Failed:
     """What the batch gives, or why not."""
     import torch
 
@@ -119,8 +119,8 @@ def failed(error: Exception) -> Failed:
     return Failed(RuntimeError(f"{type(error).__name__}: {error}"), trace)
 
 
-def flat(made: Made) -> tuple[Flat, list[Flat]]:
+def flat(made: Made) -> tuple[Flat, list[Flat], float]:
     import torch
 
-    vectors, *states = ((each.dtype, each.cpu().contiguous().view(torch.uint8).numpy()) for each in (made[0], *made[1]))
-    return vectors, states
+    vectors, *states = ((each.dtype, each.cpu().contiguous().view(torch.uint8).numpy()) for each in (made.vectors, *made.states))
+    return vectors, states, made.seconds

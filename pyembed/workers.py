@@ -121,8 +121,8 @@ class Pool:
                     raise
             except (EOFError, OSError) as error:
                 raise LaneLost(self.bury(worker, number)) from error
-        vectors, states = opened(message)
-        return tensor(vectors), [tensor(each) for each in states]
+        vectors, states, seconds = opened(message)
+        return Made(tensor(vectors), [tensor(each) for each in states], seconds)
 
     def ready(self, number: int, stop: Stop) -> Worker:
         """The worker of this number, loaded; a new one where the last one has died."""

@@ -27,12 +27,12 @@ Directory = Callable[[str], Path]
     max_texts=st.none() | st.integers(1, 5),
 )
 def test_batches_are_complete_and_within_the_budget(tokens: list[int], budget: int, quadratic: float, max_texts: int | None) -> None:
-    costs = [each * (1 + each / quadratic) for each in tokens]
-    batches = plan(tokens, costs, budget, max_texts)
+    factors = [1 + each / quadratic for each in tokens]
+    batches = plan(tokens, factors, budget, max_texts)
     assert sorted(n for batch in batches for n in batch) == list(range(len(tokens)))
     for batch in batches:
         assert len(batch) == 1 or sum(tokens[n] for n in batch) <= budget
-        assert len(batch) == 1 or sum(costs[n] for n in batch) <= COST_PER_TOKEN * budget
+        assert len(batch) == 1 or sum(tokens[n] * factors[n] for n in batch) <= COST_PER_TOKEN * budget
         assert max_texts is None or len(batch) <= max_texts
         assert tokens[batch[0]] == max(tokens[n] for n in batch)
     if max_texts is None and quadratic == math.inf:  # what is put behind a batch would not have fitted into it
@@ -44,16 +44,15 @@ def test_batches_are_complete_and_within_the_budget(tokens: list[int], budget: i
 def test_batches_are_full() -> None:
     """Consecutive texts of a sorted list would leave 40% of each of these empty."""
     tokens = [60] * 10 + [40] * 10 + [1] * 10
-    batches = plan(tokens, [float(each) for each in tokens], 100)
+    batches = plan(tokens, [1.0] * len(tokens), 100)
     assert [sum(tokens[n] for n in batch) for batch in batches] == [100] * 10 + [10]
 
 
 def test_long_texts_do_not_stall_a_batch() -> None:
     tokens, at = [2000] * 4 + [10] * 100, 1000.0
-    costs = [each * (1 + each / at) for each in tokens]
-    batches = plan(tokens, costs, 8192)
+    batches = plan(tokens, [1 + each / at for each in tokens], 8192)
     assert [len(batch) for batch in batches] == [2, 102], "6,000 tokens each: a third would cost more than twice 8,192"
-    assert len(plan(tokens, [float(each) for each in tokens], 8192)[0]) > 4
+    assert len(plan(tokens, [1.0] * len(tokens), 8192)[0]) > 4
 
 
 @pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 128, 129, 1000, 4095, 4096, 4097, 100_000])
@@ -99,7 +98,7 @@ def test_a_number_of_tokens_is_taken_as_it_stands(minilm: Path) -> None:
 def test_a_plan_is_what_runs(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = Encoder(minilm, device="cpu", dtype="float32")
     monkeypatch.setattr(engine, "WINDOW_TEXTS", 16)
-    texts = [f"text {n % 30} " * (n % 7 + 1) for n in range(40)]
+    texts = [f"text {n % 28} " * (n % 7 + 1) for n in range(40)]
     seen: list[int] = []
     run = engine.run_batch
     monkeypatch.setattr(engine, "run_batch", lambda *given: (seen.append(sum(map(len, given[2].ids))), run(*given))[1])
@@ -111,6 +110,7 @@ def test_a_plan_is_what_runs(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert made.duplicates == 40 - len(set(texts))
     assert made.tokens == sum(seen) == encoder.stats.tokens
     lines = str(made).splitlines()
-    assert lines[0].startswith("40 texts, ")
+    ran = f"Tokens: {made.tokens}, of which {made.tokens} are run."
+    assert lines[0] == f"Texts: 40 ({made.duplicates} repeat an earlier one). {ran}"
     assert len(lines) == 3 + len(seen)
     assert str(encoder.plan(checkpoints.sentences([3] * 2))).count("\n") == 3

@@ -183,13 +183,14 @@ def test_paths() -> None:
 
 
 def test_the_budget_counts_what_runs_and_bounds_the_keys() -> None:
-    tens, none = [10.0] * 4, [0] * 4
-    assert plan_in_order(tens, [10, 2, 5, 5], none, 20) == [[0, 1, 2], [3]], "10 + 2 + 5, and a batch's first text runs whole"
-    assert plan_in_order(tens, [10, 2, 5, 11], none, 20) == [[0, 1, 2], [3]]
-    assert plan_in_order([20, 10, 10], [20, 1, 11], [0] * 3, 20) == [[0], [1], [2]], "10 + 11, not 1 + 11"
-    assert plan_in_order(tens, [10, 2, 2, 2], none, 20, 2) == [[0, 1], [2, 3]]
-    assert plan_in_order([3, 5, 4], [3, 5, 4], [0] * 3, 20) == [[0, 1, 2]], "the order stays"
-    batches = plan_in_order([100.0] * 50, [100.0] + [1.0] * 49, [100] * 50, 150)
+    tens, one = [10] * 4, [1.0] * 4
+    assert plan_in_order(tens, [0, 8, 5, 5], one, 20) == [[0, 1, 2], [3]], "10 + 2 + 5, and a batch's first text runs whole"
+    assert plan_in_order(tens, [0, 8, 5, 0], one, 20) == [[0, 1, 2], [3]]
+    assert plan_in_order([20, 10, 10], [0, 9, 0], one[:3], 20) == [[0], [1, 2]], "10 + 10, not 1 + 10"
+    assert plan_in_order(tens, [0, 8, 8, 8], one, 20, 2) == [[0, 1], [2, 3]]
+    assert plan_in_order([3, 5, 4], [0] * 3, one[:3], 20) == [[0, 1, 2]], "the order stays"
+    assert plan_in_order(tens, [0] * 4, [3.0] * 4, 20) == [[0], [1], [2], [3]], "a text that costs 30 leaves no room for one more in 40"
+    batches = plan_in_order([100] * 50, [0] + [99] * 49, [1.0] * 50, 150)
     assert max(map(len, batches)) == KEYS_PER_TOKEN * 150 // 100
 
 

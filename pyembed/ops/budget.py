@@ -12,8 +12,8 @@ from pyembed.config import ModelConfig
 class Budget:
     """What a backend asks for: batches that are worth their launches and no longer than that."""
 
-    tokens: int  # of a batch; a text of S tokens counts as S + S * S / balance
-    balance: float = math.inf  # tokens of a text at which attention takes as long as all else
+    tokens: int  # of a batch
+    balance: float = math.inf  # tokens of a text at which attention takes as long as all else: a token of S costs 1 + S / balance
     windows: int = 1  # times the usual number of texts that are sorted together
 
 
