@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from pyembed.job import Engine, Input, Job, Stats, wordings
-from pyembed.rows import extent
-from pyembed.runner import POLL, LaneLost, Loaded, Made, Reads, Rows, Stop, check, out_of_memory, run_batch
+from pyembed.rows import extent, kept
+from pyembed.runner import GIVEN_UP, POLL, LaneLost, Loaded, Made, Reads, Rows, Stop, Stopped, check, out_of_memory, run_batch
 from pyembed.tokenizer import Tokenizer
-from pyembed.window import Window, Work, finish, place, prepare, room, rows_of
+from pyembed.window import Marked, Window, Work, finish, place, prepare, room, rows_of
 
 WINDOW_TEXTS = 1024  # texts in flight: what an interrupt loses, and what a stream reads before its first vector
 WINDOW_CHARACTERS = 1 << 18
@@ -68,7 +68,7 @@ def windows(inputs: Iterable[Input], times: int = 1, *, once: bool = False) -> I
             if once and isinstance(each, str) and (earlier := seen.setdefault(each, number)) != number:
                 chunk.repeats.append((number, earlier))
                 continue
-            chunk.inputs.append(each)
+            chunk.inputs.append(kept(each))
             chunk.numbers.append(number)
             characters += sum(map(extent, wordings(each)))
             if time.monotonic() - looked > POLL:
@@ -122,8 +122,15 @@ def run(
             if under_way:
                 check_process(engine)
                 yield line.result(under_way.popleft())
-    finally:
+    except GeneratorExit:  # perhaps of the garbage collector, which may run anywhere: then a join could wait for this very thread
         line.close()
+        raise
+    except BaseException:
+        line.close()
+        line.join()
+        raise
+    line.close()
+    line.join()
     if failure is not None:
         raise failure
 
@@ -161,9 +168,10 @@ class Line:
         self.batches: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.threads: list[threading.Thread] = []
         self.caller = threading.current_thread()
-        self.closed = threading.Event()
+        self.closed = False
+        self.deserted = False  # a thread has ended before the call
         self.lock = threading.Lock()
-        self.cut: set[int] = set()  # numbers of texts that were cut
+        self.marked: Marked = (set(), set())
 
     def start(self, chunk: Chunk, *, only: bool) -> Ticket:
         """Send a window on its way; where it is the call's only one and there is one lane, run it here."""
@@ -187,27 +195,31 @@ class Line:
 
     def result(self, ticket: Ticket) -> Window:
         """What a window gave, once it is done."""
-        ticket.done.wait()
+        self.caller = threading.current_thread()
+        while not ticket.done.wait(POLL):
+            if self.deserted:
+                raise Stopped(GIVEN_UP)
         ticket.check()
-        window, counts = finish(self.engine, self.job, ticket.work, ticket.chunk.repeats, self.cut)
+        window, counts = finish(self.engine, self.job, ticket.work, ticket.chunk.repeats, self.marked)
         self.report(counts)
         return window
 
     def close(self) -> None:
-        """End the threads, which stop between two layers of a batch."""
-        self.closed.set()
-        if os.getpid() != self.engine.pid:
-            return
+        """Have the threads end; they stop between two layers of a batch."""
+        self.closed = True
         for _ in self.threads:  # wake those that wait
             self.windows.put(lambda: None)
             self.batches.put(lambda: None)
-        for thread in self.threads:
-            if thread is not threading.current_thread():  # where the garbage collector closes a stream
+
+    def join(self) -> None:
+        """Wait until the threads have ended. A forked child has none."""
+        if os.getpid() == self.engine.pid:
+            for thread in self.threads:
                 thread.join()
 
     def stopped(self) -> bool:
         """Whether nobody waits any more: closed, or the process ends while a stream was left as it stood."""
-        return self.closed.is_set() or not (self.caller.is_alive() or threading.main_thread().is_alive())
+        return self.closed or not (self.caller.is_alive() or threading.main_thread().is_alive())
 
     def loop(self, tasks: SimpleQueue[Callable[[], None]], threads: int) -> None:
         torch.set_num_threads(threads)  # each thread has its own number
@@ -217,6 +229,7 @@ class Line:
             except Empty:
                 continue
             task()
+        self.deserted = not self.closed
 
     def prepare(self, ticket: Ticket, only: bool) -> None:
         try:
@@ -266,7 +279,8 @@ class Line:
         """Run a batch on a lane that no other call uses. One lane has a lock of its own."""
         lanes = self.engine.lanes
         if len(lanes) == 1:
-            return lanes[0](self.job.reads, rows, self.stopped)
+            # not `stopped` in the caller's own thread: an interrupt inside is_alive makes Python take a thread for dead
+            return lanes[0](self.job.reads, rows, self.stopped if self.threads else lambda: self.closed)
         number = self.free_lane()
         try:
             return lanes[number](self.job.reads, rows, self.stopped)

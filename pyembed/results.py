@@ -115,7 +115,8 @@ def collect(results: Iterable[Window], count: int | None, width: int, device: to
         parts = [window.vectors.to(device) for window in results]
         return torch.cat(parts) if parts else torch.empty((0, width), dtype=torch.float32, device=device)
     made = torch.empty((count, width), dtype=torch.float32, device=device)
-    fill(results, made, None)
+    if (filled := fill(results, made, None)) != count:
+        raise ValueError(f"The inputs were {count} when the call began and {filled} when they were read; leave them as they are meanwhile.")
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,13 @@ def extent(text: object) -> int:
     if isinstance(text, list | tuple):
         return CHARACTERS * len(text)
     return CHARACTERS * int(np.prod(text.shape)) if isinstance(text, np.ndarray | Tensor) else 0
+
+
+def kept(text: object) -> Any:
+    """The same, which stays what it is when the caller fills its array with the next text."""
+    if isinstance(text, Tensor):
+        return text.clone()
+    return text.copy() if isinstance(text, np.ndarray) else text
 
 
 def as_ids(text: object, index: int) -> np.ndarray:

@@ -25,6 +25,7 @@ Shared = tuple[np.ndarray, int]  # what a text begins with, and how many of its 
 Stop = Callable[[], bool]  # whether nobody waits for the result any more
 # of torch's allocator, and of oneDNN where it finds no room for a GEMM's code or scratch
 NO_MEMORY = ("not enough memory", "can't allocate memory", "could not create a primitive", "could not create a memory")
+GIVEN_UP = "The call was given up: it was closed, or its thread and the main thread have ended."
 POLL = 0.2  # seconds after which a thread that waits asks that again
 
 
@@ -107,7 +108,7 @@ def run_batch(model: Loaded, reads: Reads, rows: Rows, stop: Stop | None = None)
 
 def check(stop: Stop | None) -> None:
     if stop is not None and stop():
-        raise Stopped("Nobody waits for this batch: its call was closed, or its thread and the main thread have ended.")
+        raise Stopped(GIVEN_UP)
 
 
 def prefix_of(model: Loaded, ids: np.ndarray, stop: Stop | None) -> Run:

@@ -24,6 +24,9 @@ from pyembed.sparse import SparseVector
 LEAST = 256  # tokens that are worth another lane
 
 
+Marked = tuple[set[int], set[int]]  # numbers of texts that were cut, and of those that were repaired
+
+
 @dataclass(slots=True)
 class Work:
     """Consecutive texts on their way. A text has as many rows as templates and variants."""
@@ -185,10 +188,10 @@ def counted(work: Work, batch: Sequence[int], *, prefix_tokens: int = 0, duplica
     return Stats(texts, sum(len(work.rows.ids[row]) for row in batch), prefix_tokens=prefix_tokens, duplicates=duplicates)
 
 
-def finish(engine: Engine, job: Job, work: Work | None, repeats: Sequence[tuple[int, int]], cut: set[int]) -> tuple[Window, Stats]:
+def finish(engine: Engine, job: Job, work: Work | None, repeats: Sequence[tuple[int, int]], marked: Marked) -> tuple[Window, Stats]:
     """Station 7, once all batches are placed: duplicates, the mean over a text's rows, the cut, L2; what this adds to the counts.
 
-    `work` None: there are repeats alone. `cut` takes the numbers of texts that were cut, for repeats to come.
+    `work` None: there are repeats alone. `marked` takes the numbers of texts that were cut and repaired, for repeats to come.
     """
     if work is None:
         vectors, numbers, ids, states, sparse, done = torch.empty((0, 0), device="cpu"), np.zeros(0, dtype=int), [], [], [], Stats()
@@ -197,24 +200,27 @@ def finish(engine: Engine, job: Job, work: Work | None, repeats: Sequence[tuple[
         for row, source in work.twins.items():
             work.vectors[row] = work.vectors[source]
             if job.tokens:
-                work.states[row] = work.states[source]
+                work.states[row] = work.states[source].clone()
         vectors, numbers, ids = averaged(work.vectors, work.counts, job, normalize=engine.spec.normalize), work.numbers, work.rows.ids
         states = [work.states[row] for row in sorted(work.states)]
         sparse = [work.sparse[row] for row in sorted(work.sparse)]
         done = counted(work, list(work.twins), duplicates=len(work.twins))
         done.truncated, done.replaced = len(work.cut), len(work.repaired)
-        cut.update(int(numbers[text]) for text in work.cut)
+        for numbers_of, found in zip(marked, (work.cut, work.repaired), strict=True):
+            numbers_of.update(int(numbers[text]) for text in found)
     done.texts += len(repeats)
     done.duplicates += len(repeats)
-    done.truncated += sum(earlier in cut for _, earlier in repeats)
+    done.truncated += sum(earlier in marked[0] for _, earlier in repeats)
+    done.replaced += sum(earlier in marked[1] for _, earlier in repeats)
     return Window(vectors, numbers, repeats, ids, states, sparse, done.truncated, done.replaced), done
 
 
 def averaged(vectors: Tensor, counts: list[int], job: Job, *, normalize: bool) -> Tensor:
     """[rows, D] to [texts, dim]: the mean over a text's rows (L2 again where the model's vectors have it), the cut, L2."""
     if len(counts) != len(vectors):
-        vectors = torch.stack([each.mean(0) for each in vectors.split(counts)])
-        vectors = F.normalize(vectors, dim=-1) if normalize else vectors
+        means = [each[0] if len(each) == 1 else each.mean(0) for each in vectors.split(counts)]
+        again = [F.normalize(mean, dim=-1) if normalize and count > 1 else mean for mean, count in zip(means, counts, strict=True)]
+        vectors = torch.stack(again)
     if job.dim is not None:
         vectors = vectors[:, : job.dim]
     return F.normalize(vectors, dim=-1) if job.normalize else vectors

@@ -72,8 +72,10 @@ class Pool:
                 for each in [each for each in waiting if each.channel in ready or each.process.poll() is not None]:
                     waiting.remove(each)
                     budgets.append(finish_loading(each))
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, LaneLost):
+                raise RuntimeError(str(error)) from error
             raise
         self.budget = min(budgets, key=lambda each: each.tokens)  # what every worker has room for
 
@@ -194,11 +196,11 @@ def take(worker: Worker, stop: Stop | None = None) -> Any:
 
 
 def finish_loading(worker: Worker, stop: Stop | None = None) -> Budget:
-    """Wait until the worker has loaded; how much it takes at once. What it raised over it; RuntimeError where it ended."""
+    """Wait until the worker has loaded; how much it takes at once. What it raised over it; LaneLost where it ended."""
     try:
         message = take(worker, stop)
     except (EOFError, OSError) as error:
-        raise RuntimeError(f"{ended(worker)} It was loading the model.") from error
+        raise LaneLost(f"{ended(worker)} It was loading the model.") from error
     budget = opened(message)
     worker.loaded = True
     return cast("Budget", budget)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +24,7 @@ import torch
 from pyembed import Encoder, engine
 from pyembed.runner import LaneLost, Loaded, Reads, Rows, Stop, Stopped
 
-TEXTS = checkpoints.sentences([n % 23 + 1 for n in range(120)], seed=1)
+TEXTS = [f"{checkpoints.sentence(n % 23 + 1, n)} w{n % 50}" for n in range(120)]
 FULL = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
 RunBatch = Callable[[Loaded, Reads, Rows, Stop], Any]
 
@@ -55,6 +57,9 @@ def expected(made: Encoder) -> np.ndarray:
 def no_thread_is_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
+    end = time.monotonic() + 10  # those of a stream that is closed end by themselves
+    while set(threading.enumerate()) != before and time.monotonic() < end:
+        time.sleep(0.02)
     assert set(threading.enumerate()) == before
 
 
@@ -300,6 +305,9 @@ def test_a_stream_that_is_left_stops_within_a_batch(encoder: Encoder, monkeypatc
     next(stream)
     assert began.wait(30)
     stream.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 10
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert ended == [True]
 
 
@@ -320,6 +328,9 @@ def test_ctrl_c_ends_a_call_and_leaves_no_thread(checkpoint_of_module: Path) -> 
             for row in encoder.stream(texts):
                 pass
         except KeyboardInterrupt:
+            end = time.monotonic() + 5  # where the interrupt met the consumer, they end by themselves
+            while threading.active_count() > 1 and time.monotonic() < end:
+                time.sleep(0.02)
             others = [each for each in threading.enumerate() if each is not threading.main_thread()]
             left = [each.name for each in others if not isinstance(each, threading.Timer)]
             print("interrupted", left, encoder.stats.texts > 0, len(encoder.encode("w1 w2")))
@@ -349,3 +360,137 @@ def test_a_stream_that_is_left_as_it_stands_does_not_keep_the_process(checkpoint
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[1] == "3", done.stdout
     assert not done.stderr
+
+
+def interrupted(encoder: Encoder, at: int) -> bool:
+    """Whether `encode` comes to its line number `at` in the engine or the runner, where it is interrupted."""
+    lines = 0
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal lines
+        if not frame.f_code.co_filename.endswith(("pyembed/engine.py", "pyembed/runner.py")):
+            return None
+        lines += event == "line"
+        if lines == at:
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        encoder.encode(TEXTS[:3])
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_an_interrupt_anywhere_leaves_the_encoder_usable(encoder: Encoder) -> None:
+    right, count = encoder.encode(TEXTS[:3]), 0
+    for at in range(1, 400, 3):
+        count += interrupted(encoder, at)
+        assert np.array_equal(encoder.encode(TEXTS[:3]), right)
+    assert count > 20
+
+
+def test_a_thread_that_cannot_start_is_the_error_that_is_told(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, calls = threading.Thread.start, 0
+
+    def second_fails(thread: threading.Thread) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", second_fails)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        encoder.encode(TEXTS)
+
+
+def test_a_stream_is_read_on_in_another_thread(checkpoint_of_module: Path) -> None:
+    """Also where the thread that began it, and the main thread, have ended."""
+    script = SCRIPT + textwrap.dedent(
+        """
+        stream = encoder.stream([f"w{n % 50}" for n in range(100)])
+        first = threading.Thread(target=lambda: next(stream))
+        first.start()
+        first.join()
+        def rest():
+            print(sum(1 for _ in stream))
+        threading.Thread(target=rest).start()
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script, checkpoint_of_module], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "99\n", done.stderr
+
+
+def test_an_exception_keeps_no_encoder_alive(checkpoint_of_module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(checkpoint_of_module, device="cpu", dtype="float32")
+    monkeypatch.setattr(engine, "WINDOW_TEXTS", 4)
+    gone = weakref.ref(encoder)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(TypeError):
+            encoder.encode([*TEXTS[:9], None])  # type: ignore[list-item]
+        del encoder
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+# What the caller changes meanwhile
+
+
+def test_a_list_that_becomes_shorter_is_told(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = list(TEXTS)
+    patched(monkeypatch, lambda run: lambda *given: (texts.__delitem__(slice(50, None)), run(*given))[1])
+    with pytest.raises(ValueError, match=r"The inputs were 120 when the call began and \d+ when they were read"):
+        encoder.encode(texts)
+
+
+def test_an_array_that_is_filled_anew_is_not_read_again(encoder: Encoder) -> None:
+    rows = [np.arange(6) + 5 + n for n in range(8)]
+
+    def reused() -> Iterator[np.ndarray]:
+        buffer = np.zeros(6, dtype=np.int64)
+        for row in rows:
+            buffer[:] = row
+            yield buffer
+
+    assert np.array_equal(encoder.encode(reused()), encoder.encode(rows))
+
+
+def test_a_slow_iterator_does_not_hold_back_finished_windows(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = 0
+
+    def slow() -> Iterator[str]:
+        nonlocal read
+        for n, text in enumerate(TEXTS[:40]):
+            if n >= 10:
+                time.sleep(0.12)
+            read += 1
+            yield text
+
+    stream = encoder.stream(slow())
+    next(stream)
+    assert read < 20
+    stream.close()  # type: ignore[attr-defined]
+
+
+def test_repeats_are_counted_like_their_first(encoder: Encoder, caplog: pytest.LogCaptureFixture) -> None:
+    before, encoder.max_seq_length = encoder.max_seq_length, 6
+    texts = ["w1 " * 9, "w5 \ud800", "w6", "w5 \ud800", "w1 " * 9, "w5 \ud800"]
+    encoder.encode(texts)
+    encoder.max_seq_length = before
+    assert (encoder.stats.texts, encoder.stats.truncated, encoder.stats.replaced, encoder.stats.duplicates) == (6, 2, 3, 3)
+    assert "2 of 6 texts were cut to 6 tokens" in caplog.text
+    assert "3 of 6 texts held lone surrogates" in caplog.text
+
+
+def test_variants_of_one_text_leave_the_others_alone(encoder: Encoder) -> None:
+    alone = encoder.encode(TEXTS[:9])
+    together = encoder.encode(TEXTS[:9], variants=[*[[]] * 8, ["w7 w8"]])
+    assert np.array_equal(together[:8], alone[:8])
+    assert not np.array_equal(together[8], alone[8])
