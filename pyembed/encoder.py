@@ -61,7 +61,7 @@ class Encoder:
         prompts, default_prompt_name, similarity_fn_name, truncate_dim: as in sentence-transformers. "{instruction}" in a prompt is where
             `encode_query(instruction=)` goes.
         max_seq_length: tokens a text is cut to, specials included; None takes what the model's files say.
-        tokens_per_batch: token budget of a batch; None takes the device's.
+        tokens_per_batch: most tokens of a batch; None takes the device's budget, in which long texts cost more.
         backend: None takes the device's kernels, "reference" plain PyTorch.
         prefix_cache_bytes: memory for prompts' states, which a causal model's texts share (docs/throughput.md); 0 runs every text whole.
         share_prefixes: texts of a batch run what they begin with in common once (causal models; docs/throughput.md).

@@ -243,7 +243,7 @@ def as_texts(inputs: Any) -> tuple[bool, Iterable[Text]]:
     if isinstance(inputs, str):
         return True, [inputs]
     if isinstance(inputs, bytes | dict | set | frozenset | type) or not hasattr(inputs, "__iter__"):
-        raise TypeError(f"inputs is a {type(inputs).__name__}; expected a str or an iterable of str.")
+        raise TypeError(f"inputs is a {type(inputs).__name__}; expected a text (str), or an iterable of texts or of their token ids.")
     if hasattr(inputs, "__len__"):
         return False, inputs if isinstance(inputs, list | tuple) else list(inputs)
     return False, inputs

@@ -170,7 +170,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def places(devices: Sequence[torch.device]) -> list[Place]:
-    """The cores of this process divided among the workers on a CPU, and threads that are never more than this thread's in all."""
+    """The cores of this process divided among the workers on a CPU, and threads: no more than this thread's in all, and one each."""
     own, count = cores(), sum(each.type == "cpu" for each in devices)
     shares = [own[n * len(own) // count : (n + 1) * len(own) // count] for n in range(count)]
     out, pinned = [], hasattr(os, "sched_setaffinity")
