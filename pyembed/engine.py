@@ -28,7 +28,7 @@ from pyembed.window import Marked, Window, Work, finish, place, prepare, room, r
 
 WINDOW_TEXTS = 1024  # texts in flight: what an interrupt loses, and what a stream reads before its first vector
 WINDOW_CHARACTERS = 1 << 18
-AHEAD = 3  # windows under way: one that is run, one that waits, one that is prepared
+AHEAD = 2  # windows under way: one that is run, and one that is read and prepared meanwhile
 LOSSES = 3  # lanes that may be lost over a text, with others and alone, before it is an error
 
 Advance = Callable[[Stats], Any]

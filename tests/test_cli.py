@@ -252,11 +252,11 @@ def test_usage_errors_and_options_before_the_input(run, minilm, tmp_path):
 def test_an_interrupt_leaves_valid_rows(small, tmp_path, number, code, suffix):
     target = tmp_path / f"out{suffix}"
     process = start("encode", small, "-o", target, "--dtype", "float32", stdin=subprocess.PIPE)
-    process.stdin.write(b"".join(b"text %d\n" % i for i in range(5000)))  # a window, and then it waits for the rest of the next
+    process.stdin.write(b"".join(b"text %d\n" % i for i in range(5000)))  # several windows, and then it waits for the rest of the next
     process.stdin.flush()
     partial = output.partial(target)
     deadline = time.monotonic() + 60
-    while not (partial.exists() and partial.stat().st_size > 3000 * 384 * 4) and time.monotonic() < deadline:
+    while not (partial.exists() and partial.stat().st_size > 2000 * 384 * 4) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
     error = process.communicate()[1].decode()
