@@ -90,6 +90,7 @@ class Engine:
     budget: Budget
     reuses: bool  # a prompt's states are kept, and texts that begin with it share them
     local: Loaded | None  # the model, where it is in this process
+    beside: bool = True  # threads tokenise beside the lanes; not where these compute on the cores that tokenise
     fits: int | None = None  # tokens of a batch: half of the smallest that ran out of memory
     stats: Stats = field(default_factory=Stats)
     lock: threading.Lock = field(default_factory=threading.Lock)  # around `fits` and `stats`

@@ -44,7 +44,7 @@ def encoder(made: Encoder, monkeypatch: pytest.MonkeyPatch) -> Encoder:
     """One whose windows have 10 texts and whose batches have few tokens."""
     monkeypatch.setattr(engine, "WINDOW_TEXTS", 10)
     monkeypatch.setitem(made._arguments, "tokens_per_batch", 64)
-    monkeypatch.setattr(made, "_engine", replace(made._engine, stats=type(made.stats)(), fits=None))
+    monkeypatch.setattr(made, "_engine", replace(made._engine, stats=type(made.stats)(), fits=None, beside=True))
     return made
 
 
@@ -73,9 +73,10 @@ def patched(monkeypatch: pytest.MonkeyPatch, change: Callable[[RunBatch], RunBat
     monkeypatch.setattr(engine, "run_batch", change(engine.run_batch))
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_the_line_gives_the_bits_of_single_texts_in_order(encoder: Encoder, expected: np.ndarray, lanes: int) -> None:
+@pytest.mark.parametrize(("lanes", "beside"), [(1, True), (1, False), (3, True)])
+def test_the_line_gives_the_bits_of_single_texts_in_order(encoder: Encoder, expected: np.ndarray, lanes: int, beside: bool) -> None:
     several(encoder, lanes)
+    encoder._engine.beside = beside
     assert np.array_equal(encoder.encode(TEXTS), expected)
     assert np.array_equal(np.stack(list(encoder.stream(iter(TEXTS)))), expected)
     assert encoder.stats.texts == 2 * len(TEXTS)
@@ -89,6 +90,20 @@ def test_a_call_of_one_window_starts_no_thread(encoder: Encoder, monkeypatch: py
     assert set(seen) == {threading.current_thread()}
     encoder.encode(TEXTS)
     assert len(set(seen)) == 2
+
+
+def test_on_a_cpu_the_callers_thread_does_it_all(encoder: Encoder, made: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that tokenise beside the kernels would only take their cores."""
+    assert not engine.local(made._loaded, made.tokenizer).beside
+    seen: dict[str, set[threading.Thread]] = {"prepare": set(), "run_batch": set()}
+    for name, threads in seen.items():
+        plain = getattr(engine, name)
+        monkeypatch.setattr(
+            engine, name, lambda *a, plain=plain, threads=threads, **k: (threads.add(threading.current_thread()), plain(*a, **k))[1]
+        )
+    encoder._engine.beside = False
+    encoder.encode(TEXTS)
+    assert seen["prepare"] == seen["run_batch"] == {threading.current_thread()}
 
 
 def test_lanes_have_the_callers_number_of_threads(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +331,7 @@ import signal, sys, threading, time
 from pyembed import Encoder, engine
 engine.WINDOW_TEXTS = 8
 encoder = Encoder(sys.argv[1], device="cpu", dtype="float32")
+encoder._engine.beside = True
 texts = (f"w{n % 50} w{n % 7} " * 20 for n in range(10**9))
 """
 
