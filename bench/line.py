@@ -202,7 +202,7 @@ def main() -> None:
     texts = random.Random(0).sample(list(dict.fromkeys(corpus)), options.texts)
     encoder = pyembed.Encoder(options.model, device="cpu")
     record: dict[str, Any] = {
-        "command": "python bench/line.py " + " ".join(["MODEL", "CORPUS", *sys.argv[3:]]),
+        "command": f"python bench/line.py MODEL CORPUS --texts {options.texts} --rounds {options.rounds}",
         "date": datetime.date.today().isoformat(),
         "machine": {"cpu": cpu_name(), "threads": options.threads},
         "versions": {"pyembed": pyembed.__version__, "torch": torch.__version__, "python": platform.python_version()},
