@@ -110,6 +110,7 @@ def run(
     line = Line(engine, job, advance)
     source, more, begun, failure = windows(inputs, job.budget.windows, once=once), True, False, None
     under_way: deque[Ticket] = deque()
+    waits = True
     try:
         while more or under_way:
             while more and len(under_way) < AHEAD and not (under_way and under_way[0].done.is_set()):
@@ -126,14 +127,12 @@ def run(
                 check_process(engine)
                 yield line.result(under_way.popleft())
     except GeneratorExit:  # perhaps of the garbage collector, which may run anywhere: then a join could wait for this very thread
-        line.close()
+        waits = False
         raise
-    except BaseException:
+    finally:
         line.close()
-        line.join()
-        raise
-    line.close()
-    line.join()
+        if waits:
+            line.join()
     if failure is not None:
         raise failure
 

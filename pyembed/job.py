@@ -102,6 +102,10 @@ class Engine:
         for number in range(len(self.lanes)):
             self.free.put(number)
 
+    def most(self, job: Job) -> int:
+        """Tokens that a batch of the job may have: its budget, or what has fitted into memory."""
+        return min(job.budget.tokens, self.fits or job.budget.tokens)
+
     def count(self, done: Stats) -> None:
         with self.lock:
             self.stats.add(done)

@@ -61,9 +61,8 @@ def plan(engine: Engine, job: Job, inputs: Iterable[Input]) -> Plan:
         for rows in work.batches:
             less = given(work, rows)
             own = [lengths[row] - saved for row, saved in zip(rows, less, strict=True)]
-            dear = sum(tokens * (1 + lengths[row] / job.budget.balance) for row, tokens in zip(rows, own, strict=True))
+            dear = sum(count * job.budget.factor(lengths[row]) for row, count in zip(rows, own, strict=True))
             batches.append(Batch(number, len(rows), sum(own), max(lengths[row] for row in rows), dear))
             shared += sum(less)
         tokens, duplicates, number = tokens + sum(lengths), duplicates + len(work.twins), number + 1
-    most = min(job.budget.tokens, engine.fits or job.budget.tokens)
-    return Plan(tuple(batches), most, texts, tokens, duplicates, shared)
+    return Plan(tuple(batches), engine.most(job), texts, tokens, duplicates, shared)

@@ -80,8 +80,8 @@ def prepare(engine: Engine, job: Job, inputs: Sequence[Input], numbers: Sequence
     if job.share_prefixes:
         alone = neighbours(alone, rows.ids, before)
     own = [len(rows.ids[row]) - before[row] for row in alone]
-    factors = [1 + len(rows.ids[row]) / job.budget.balance for row in alone]
-    budget = min(job.budget.tokens, engine.fits or job.budget.tokens)
+    factors = [job.budget.factor(len(rows.ids[row])) for row in alone]
+    budget = engine.most(job)
     if only and len(engine.lanes) > 1:
         budget = min(budget, max(LEAST, -(-sum(own) // len(engine.lanes))))
     overlap = None

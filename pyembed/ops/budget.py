@@ -16,6 +16,10 @@ class Budget:
     balance: float = math.inf  # tokens of a text at which attention takes as long as all else: a token of S costs 1 + S / balance
     windows: int = 1  # times the usual number of texts that are sorted together
 
+    def factor(self, length: int) -> float:
+        """What a token of a text of this length costs."""
+        return 1 + length / self.balance
+
 
 def balance(config: ModelConfig, rate: float) -> float:
     """Where attention's time meets that of the linear layers, if its arithmetic runs at `rate` times their speed."""
