@@ -45,7 +45,7 @@ def local(model: Loaded, tokenizer: Tokenizer) -> Engine:
     budget, reuses = model.ops.budget(model.spec.model, model.dtype, model.device), model.prefixes is not None
     beside = model.device.type != "cpu"
     given = (model.spec, tokenizer, (lane,), (model.device,), (model.ops,), model.dtype, model.adapter, budget, reuses, model)
-    return Engine(*given, beside=beside)
+    return Engine(*given, beside=beside, errors=model.errors)
 
 
 @dataclass(slots=True)

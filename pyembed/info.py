@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from pyembed import heads, lora, ops, stack, weights
+from pyembed import heads, lora, ops, quantising, stack, weights
 from pyembed.arguments import recipe_arguments
 from pyembed.config import ModelConfig, ModelSpec
 from pyembed.families import ALIASES, FAMILIES
@@ -43,6 +43,7 @@ def summary(model: str, family: str, engine: Engine, dim: int, limit: int | None
     """repr of an Encoder: the model's shape and recipe; adapters; device, mask, pooling; vector, length, kernels, cache."""
     spec, config = engine.spec, engine.spec.model
     backends, dtype = dict.fromkeys(kernels(each) for each in engine.backends), str(engine.dtype).removeprefix("torch.")
+    dtype += f" ({quantising.summary(engine.errors)})" if engine.errors else ""
     merged = f"  merged=[{', '.join(map(stack.label, found.adapters))}] into {found.base},\n" if found.adapters else ""
     task = f"  adapter={engine.adapter} of {', '.join(found.tasks)},\n" if found.tasks else ""
     return (
@@ -95,7 +96,8 @@ def describe(args: argparse.Namespace) -> str:
     rows += of_files(found, spec)
     backends = " + ".join(dict.fromkeys(kernels(ops.select(device)) for device in devices))
     rows.append(("runs on", f"{places(devices)} in {str(dtype).removeprefix('torch.')}, kernels: {backends}", ""))
-    rows.append(("not checked", "whether every weight fits config.json, and the mask: loading the model does", ""))
+    unchecked = ", and which linear layers stay bfloat16" if dtype == torch.int8 else ""
+    rows.append(("not checked", f"whether every weight fits config.json, and the mask{unchecked}: loading the model does", ""))
     width = max(len(label) for label, _, _ in rows)
     return "\n".join(f"{label:{width}}  {found}" + (f"  [{where}]" if where else "") for label, found, where in rows)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,20 @@ from torch import Tensor
 
 # oneDNN's names of the activations that its GEMM computes on the float32 accumulators, before the one rounding
 FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
+
+
+Read = Callable[[], tuple[Tensor, Tensor | None]]  # a weight, which the next call may overwrite, and a bias
+
+
+class Affine(Protocol):
+    """y = x W^T + b, whatever it is stored in."""
+
+    @property
+    def fuses(self) -> frozenset[str]:
+        """The activations that `apply` takes."""
+
+    def apply(self, x: Tensor, *, act: str | None = None) -> Tensor:
+        """x [rows, in_features] to [rows, out_features], with `act` on top; `act` must be in `fuses`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from pyembed import engine, ops, weights
+from pyembed import engine, ops, quantising, weights
 from pyembed.config import Family, ModelSpec, TensorNames
 from pyembed.job import Engine
 from pyembed.options import common_dtype
 from pyembed.prefix import BYTES, PrefixCache, obstacle, shareable
 from pyembed.probes import check_ids, check_mask
-from pyembed.runner import Loaded
+from pyembed.runner import Loaded, device_of
 from pyembed.stack import Stack
 from pyembed.tokenizer import Tokenizer
 from pyembed.workers import Pool
@@ -50,15 +51,18 @@ def serve(
         check_kernels(family, device, dtype, backend)
     names = family.tensors
     model = {"stack": stack, "spec": spec, "names": names, "dtype": dtype, "adapter": adapter, "backend": backend, "room": room}
+    model["probe"] = quantising.probe(tokenizer, spec.model.vocab_size) if dtype == torch.int8 else None
     if len(devices) == 1:
         return engine.local(load(device=devices[0], **model), tokenizer)
     pool, reuses = Pool(model, devices), room != 0 and shareable(spec)
     backends = tuple(kernels_of(device, dtype, backend) for device in devices)
-    return Engine(spec, tokenizer, pool.lanes, tuple(devices), backends, dtype, adapter, pool.budget, reuses, None)
+    return Engine(spec, tokenizer, pool.lanes, tuple(devices), backends, dtype, adapter, pool.budget, reuses, None, errors=pool.errors)
 
 
 def check_kernels(family: Family, device: torch.device, dtype: torch.dtype, backend: str | None) -> None:
     """ValueError for a dtype that the family cannot take; a warning where no kernels serve though they could."""
+    if dtype == torch.int8 and device.type != "cpu":
+        raise ValueError(f"dtype is 'int8' and device {str(device)!r}; int8 runs on a CPU alone. Use dtype='bfloat16' or device='cpu'.")
     if dtype == torch.float16 and not family.float16:
         raise ValueError(f"{family.name} models overflow in float16; use dtype='bfloat16' or 'float32'.")
     if device.type == "cpu" and dtype == torch.float16:
@@ -87,15 +91,24 @@ def load(
     adapter: str | None,
     backend: str | None,
     room: int | None,
+    probe: Sequence[np.ndarray] | None,
 ) -> Loaded:
-    """The model of `stack` on a device of this process. `room`: bytes for prompts' states, None the device's usual ones.
+    """The model of `stack` on a device of this process. `room`: bytes for prompts' states, None the device's usual ones; `probe`: ids
+    that decide for int8 which layers take it (quantising.probe).
 
     ValueError for weights that are not what files and recipe claim.
     """
     dense = [(stack.settings / head.path, head) for head in spec.dense]
+    given = (stack.weights, spec.model, names, dense, device)
     with torch.inference_mode():
-        tensors = weights.load(stack.weights, spec.model, names, dense, device, dtype, stack.task(adapter))
+        if dtype == torch.int8:
+            tensors = weights.load(*given, torch.bfloat16, stack.task(adapter), quantising.Trial)
+        else:
+            tensors = weights.load(*given, dtype, stack.task(adapter))
     loaded = Loaded(spec, tensors, kernels_of(device, dtype, backend), device, dtype, adapter)
+    if probe is not None:
+        with device_of(loaded):
+            loaded.weights, loaded.errors = quantising.settle(tensors, probe, loaded.ops)
     if room != 0 and shareable(spec):
         loaded.prefixes = PrefixCache(BYTES[device.type] if room is None else room)
     check_mask(loaded)

@@ -25,7 +25,7 @@ OVERRULED = (
     *("include_prompt", "causal", "full_attention", "normalize", "instruction", "prompts", "default_prompt_name", "output", "drop_layers"),
 )
 Device = str | torch.device
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

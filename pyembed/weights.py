@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pyembed.alibi import Alibi
 from pyembed.blocks import Layer, PerLayer
 from pyembed.config import DenseConfig, ModelConfig, TensorNames
 from pyembed.jsonfile import Fields
-from pyembed.linear import Linear, linear, packable
+from pyembed.linear import Affine, Linear, Read, linear, packable
 from pyembed.model import Head, Weights
 from pyembed.ops import Norm
 from pyembed.rope import Rotary
@@ -205,6 +206,10 @@ def matrices(names: TensorNames) -> tuple[tuple[str, ...], ...]:
     return (names.qkv, (names.out,), names.up, (names.down,), *extra)
 
 
+def unbiased(weight: Tensor) -> tuple[Tensor, None]:
+    return weight, None
+
+
 def load(
     directory: Path,
     config: ModelConfig,
@@ -213,9 +218,11 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     adapters: Sequence[Path] = (),
+    make: Callable[[Read], Affine] = lambda read: linear(*read()),
 ) -> Weights:
     """The weights of `directory`, with LoRA `adapters` merged in this order, on `device` in `dtype`; norms, the projection and Dense
-    modules in float32. The head that gives logits is not among them (`load_vocabulary`).
+    modules in float32. The head that gives logits is not among them (`load_vocabulary`). `make` makes the linear layers of the blocks,
+    and may read later what they are made of.
 
     Beyond the weights the process holds one matrix: where packing copies anyway, matrices are merged and converted in one scratch
     buffer, because freeing and allocating one each time leaves holes in the heap (measured: 1.21 x the weights instead of 1.06).
@@ -240,17 +247,18 @@ def load(
             files.copy(part, place.unflatten(0, (3, config.num_heads, config.head_dim)).transpose(0, 1) if by_head else place)
         return merged
 
-    def linear_of(at: str, parts: Sequence[str], *, by_head: bool = False) -> Any:
-        weight = tensor(*(f"{at}{part}.weight" for part in parts), into=scratch, by_head=by_head)
-        biased = f"{at}{parts[0]}.bias" in shapes
-        return linear(weight, tensor(*(f"{at}{part}.bias" for part in parts), by_head=by_head) if biased else None)
+    def linear_of(at: str, parts: Sequence[str], rows: slice = slice(None), *, by_head: bool = False) -> Affine:
+        def read() -> tuple[Tensor, Tensor | None]:
+            weight = tensor(*(f"{at}{part}.weight" for part in parts), into=scratch, by_head=by_head)
+            biased = f"{at}{parts[0]}.bias" in shapes
+            bias = tensor(*(f"{at}{part}.bias" for part in parts), by_head=by_head) if biased else None
+            some = weight[rows] if scratch is not None or rows == slice(None) else weight[rows].clone()
+            return some, None if bias is None else bias[rows].clone()
 
-    def queries_apart(at: str, parts: Sequence[str], queries: int, *, by_head: bool) -> tuple[Linear, ...]:
-        weight = tensor(*(f"{at}{part}.weight" for part in parts), into=scratch, by_head=by_head)
-        biased = f"{at}{parts[0]}.bias" in shapes
-        bias = tensor(*(f"{at}{part}.bias" for part in parts), by_head=by_head) if biased else None
-        rows = (slice(0, queries), slice(queries, None))
-        return tuple(linear(weight[each], None if bias is None else bias[each].clone()) for each in rows)
+        return make(read)
+
+    def queries_apart(at: str, parts: Sequence[str], queries: int, *, by_head: bool) -> tuple[Affine, ...]:
+        return tuple(linear_of(at, parts, rows, by_head=by_head) for rows in (slice(0, queries), slice(queries, None)))
 
     def token_table() -> Tensor:
         if config.token_dim is None:
@@ -291,7 +299,7 @@ def load(
             at = names.layers.format(n=n)
             gate, out = linear_of(at, (extra.gate,)), linear_of(at, (extra.out,))
             scale = float(tensor(at + extra.scale))
-            made.append(PerLayer(linear(rows, None), projected, gate, out, needed(at + extra.norm), scale))
+            made.append(PerLayer(make(partial(unbiased, rows)), projected, gate, out, needed(at + extra.norm), scale))
         return made
 
     def layers() -> Iterator[Layer]:

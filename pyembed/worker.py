@@ -78,7 +78,7 @@ def serve(channel: Connection, threads: int, given: bytes) -> None:
     except Exception as error:
         send(channel, failed(error))
         return
-    send(channel, model.ops.budget(model.spec.model, model.dtype, model.device))
+    send(channel, (model.ops.budget(model.spec.model, model.dtype, model.device), model.errors))
 
     def given_up() -> bool:
         return channel.poll() and receive(channel) is None

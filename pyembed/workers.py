@@ -31,6 +31,7 @@ from pyembed.runner import POLL, LaneLost, Made, Reads, Rows, Stop, Stopped, che
 from pyembed.worker import Failed, Flat, Place, send
 
 PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from pyembed.worker import main; main(int(sys.argv[1]))"
+Loaded = tuple[Budget, dict[str, float]]  # how much a worker takes at once, and the errors of its linear layers in int8
 PATIENCE = 2.0  # seconds that a worker has to end by itself
 
 logger = logging.getLogger("pyembed")
@@ -66,18 +67,19 @@ class Pool:
         self.close = weakref.finalize(self, end, self.workers, os.getpid())
         POOLS.add(self)
         try:
-            waiting, budgets = [self.start(number) for number in range(len(devices))], []
+            waiting, answers = [self.start(number) for number in range(len(devices))], []
             while waiting:
                 ready = wait([each.channel for each in waiting], POLL)
                 for each in [each for each in waiting if each.channel in ready or each.process.poll() is not None]:
                     waiting.remove(each)
-                    budgets.append(finish_loading(each))
+                    answers.append(finish_loading(each))
         except BaseException as error:
             self.close()
             if isinstance(error, LaneLost):
                 raise RuntimeError(str(error)) from error
             raise
-        self.budget = min(budgets, key=lambda each: each.tokens)  # what every worker has room for
+        self.budget = min((budget for budget, _ in answers), key=lambda each: each.tokens)  # what every worker has room for
+        self.errors = answers[0][1]  # on one machine the same in all
 
     @property
     def lanes(self) -> tuple[Lane, ...]:
@@ -195,15 +197,15 @@ def take(worker: Worker, stop: Stop | None = None) -> Any:
     return pickle.loads(data)
 
 
-def finish_loading(worker: Worker, stop: Stop | None = None) -> Budget:
-    """Wait until the worker has loaded; how much it takes at once. What it raised over it; LaneLost where it ended."""
+def finish_loading(worker: Worker, stop: Stop | None = None) -> Loaded:
+    """Wait until the worker has loaded. What it raised over it; LaneLost where it ended."""
     try:
         message = take(worker, stop)
     except (EOFError, OSError) as error:
         raise LaneLost(f"{ended(worker)} It was loading the model.") from error
-    budget = opened(message)
+    loaded = opened(message)
     worker.loaded = True
-    return cast("Budget", budget)
+    return cast("Loaded", loaded)
 
 
 def opened(message: Any) -> Any:
