@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 CPU = Pybind11Extension(
     "pyembed._cpu",
-    [f"csrc/cpu/{name}.cpp" for name in ("bindings", "isa_generic", "isa_avx2", "isa_avx512", "isa_avx512_bf16")],
+    [f"csrc/cpu/{name}.cpp" for name in ("bindings", "isa_generic", "isa_avx2", "isa_avx512", "isa_avx512_vnni", "isa_avx512_bf16")],
     depends=glob("csrc/**/*.h", recursive=True),
     cxx_std=17,
     # without contraction a * b + c rounds as it is written; where a fused product is meant, the source says fma

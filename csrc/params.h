@@ -10,7 +10,7 @@ namespace pyembed {
 
 enum class Dtype : int { f32 = 0, bf16 = 1 };
 enum class Quant : int { none = 0, int8 = 1, fp8 = 2 };
-enum class Act : int { swiglu = 0, geglu_erf = 1, geglu_tanh = 2, gelu_erf = 3, gelu_tanh = 4 };
+enum class Act : int { swiglu = 0, geglu_erf = 1, geglu_tanh = 2, gelu_erf = 3, gelu_tanh = 4, relu = 5, none = 6 };
 enum class Pool : int { cls = 0, max = 1, mean = 2, mean_sqrt_len_tokens = 3, weightedmean = 4, lasttoken = 5 };
 
 struct NormParams {
@@ -107,6 +107,28 @@ struct ActivationParams {
     Act act;
     RowsOut out;  // [T, F]
     Dtype dtype;
+    int threads;
+};
+
+constexpr int PANEL = 32;  // columns of a panel of weights
+
+// Weights of a linear layer, in panels: a 32-bit word holds two bfloat16 or four int8 of a column's inputs.
+struct Matrix {
+    const int32_t* words;  // [panels, words, PANEL]; null: no layer
+    int64_t in, out, panels;  // `out`: columns of the result, half of those of the weights where `act` is gated
+    bool eight_bits;
+    const float* scale;   // [panels * PANEL], int8 only
+    const int32_t* sums;  // [panels * PANEL] of a column's int8 weights
+    const float* bias;    // [panels * PANEL] or null
+    Act act;              // a gated one takes the first half of each panel's columns as gates of the second half
+};
+
+struct LinearParams {
+    const void* x;  // [T, in] bfloat16
+    int64_t T, x_stride;
+    Matrix first, second;  // the second takes what the first gives
+    NormRowsParams norm;   // of y, in place
+    void* y;               // [T, out] contiguous bfloat16
     int threads;
 };
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyembed.batch import Kept, PackedBatch
 from pyembed.config import ModelConfig
-from pyembed.linear import Affine
+from pyembed.linear import Affine, Chain
 from pyembed.ops import DistanceBias, Norm, Ops, Prefix
 
 Stream = tuple[Tensor, Tensor | None]  # hidden [T, D], delta [T, D]
@@ -67,8 +67,15 @@ def norm(x: Tensor, weights: Norm, ops: Ops, *, residual: Tensor | None = None) 
     return cast("Tensor", op(x, weights, residual=residual))
 
 
+def normed(x: Tensor, linear: Affine, weights: Norm, ops: Ops, *, residual: Tensor | None = None) -> Tensor:
+    """The norm of linear(x), or of residual + linear(x), which then also stands in `residual`."""
+    if isinstance(linear, Chain):
+        return linear.chain(x, norm=weights, residual=residual)
+    return norm(linear.apply(x), weights, ops, residual=residual)
+
+
 def attend(x: Tensor, layer: Layer, config: ModelConfig, shared: Shared, ops: Ops) -> Tensor:
-    """Attention with its projections: [T, D] -> [T, D], or -> [R, D] where only the queries of `kept` are wanted."""
+    """Attention before its output projection: [T, D] -> [T, H * K], or -> [R, H * K] where only the queries of `kept` are wanted."""
     heads, groups, width = config.num_heads, layer.num_key_value_heads, layer.head_dim
     batch, kept = shared.batch, shared.kept
     if len(layer.qkv) == 1:
@@ -107,7 +114,7 @@ def attend(x: Tensor, layer: Layer, config: ModelConfig, shared: Shared, ops: Op
         prefix=shared.prefix,
         q_start=None if kept is None else kept.first,
     )
-    return layer.out.apply(mixed.view(-1, heads * width))
+    return mixed.view(-1, heads * width)
 
 
 def turn(qkv: Tensor, heads: int, groups: int, kept: Kept | None, layer: Layer, config: ModelConfig, shared: Shared, ops: Ops) -> None:
@@ -133,19 +140,20 @@ def rows_of(x: Tensor, kept: Kept | None) -> Tensor:
     return x if kept is None else x[kept.rows]
 
 
-def mlp(x: Tensor, layer: Layer, config: ModelConfig, ops: Ops) -> Tensor:
-    """The feed-forward layer, gated or plain: [T, D] -> [T, D]."""
-    act = config.activation
-    if not config.gated and act in layer.up.fuses:
-        return layer.down.apply(layer.up.apply(x, act=act))
-    h = layer.up.apply(x)
-    if config.gated:
-        h = gate(h, act, ops)
+def mlp(x: Tensor, layer: Layer, config: ModelConfig, ops: Ops, *, weights: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+    """The feed-forward layer, gated or plain: [T, D] -> [T, D]; with `weights` the norm of residual + that, as `normed` has it."""
+    act, up, down = config.activation, layer.up, layer.down
+    if isinstance(up, Chain) and isinstance(down, Chain) and act in up.fuses:
+        return up.chain(x, act=act, second=down, norm=weights, residual=residual)
+    if act in up.fuses:
+        h = up.apply(x, act=act)
+    elif config.gated:
+        h = gate(up.apply(x), act, ops)
     elif act == "relu":
-        h = torch.relu(h)  # exact in any dtype
+        h = torch.relu(up.apply(x))  # exact in any dtype
     else:
-        h = cast("Tensor", ops.gelu(h, tanh=act == "gelu_tanh"))
-    return layer.down.apply(h)
+        h = cast("Tensor", ops.gelu(up.apply(x), tanh=act == "gelu_tanh"))
+    return down.apply(h) if weights is None else normed(h, down, weights, ops, residual=residual)
 
 
 def gate(x: Tensor, act: str, ops: Ops) -> Tensor:
@@ -166,7 +174,7 @@ def pre_norm(x: Tensor, delta: Tensor | None, layer: Layer, config: ModelConfig,
     """x += Attn(norm(x)); x += MLP(norm(x)): most decoders."""
     h = norm(x, layer.attention_norm, ops) if delta is None else norm(delta, layer.attention_norm, ops, residual=x)
     h, x = attend(h, layer, config, shared, ops), rows_of(x, shared.kept)
-    h = norm(h, layer.mlp_norm, ops, residual=x)
+    h = normed(h, layer.out, layer.mlp_norm, ops, residual=x)
     return x, mlp(h, layer, config, ops)
 
 
@@ -175,15 +183,15 @@ def sandwich(x: Tensor, delta: Tensor | None, layer: Layer, config: ModelConfig,
     assert layer.post_attention_norm is not None
     assert layer.post_mlp_norm is not None
     h = norm(x, layer.attention_norm, ops) if delta is None else norm(delta, layer.attention_norm, ops, residual=x)
-    h, x = norm(attend(h, layer, config, shared, ops), layer.post_attention_norm, ops), rows_of(x, shared.kept)
+    h, x = normed(attend(h, layer, config, shared, ops), layer.out, layer.post_attention_norm, ops), rows_of(x, shared.kept)
     h = norm(h, layer.mlp_norm, ops, residual=x)
-    return x, norm(mlp(h, layer, config, ops), layer.post_mlp_norm, ops)
+    return x, mlp(h, layer, config, ops, weights=layer.post_mlp_norm)
 
 
 def post_norm(x: Tensor, delta: Tensor | None, layer: Layer, config: ModelConfig, shared: Shared, ops: Ops) -> Stream:
     """x = norm(x + Attn(x)); x = norm(x + MLP(x)): most encoders."""
-    x = norm(attend(x, layer, config, shared, ops), layer.attention_norm, ops, residual=rows_of(x, shared.kept))
-    return norm(mlp(x, layer, config, ops), layer.mlp_norm, ops, residual=x), None
+    x = normed(attend(x, layer, config, shared, ops), layer.out, layer.attention_norm, ops, residual=rows_of(x, shared.kept))
+    return mlp(x, layer, config, ops, weights=layer.mlp_norm, residual=x), None
 
 
 def parallel(x: Tensor, delta: Tensor | None, layer: Layer, config: ModelConfig, shared: Shared, ops: Ops) -> Stream:
@@ -191,7 +199,7 @@ def parallel(x: Tensor, delta: Tensor | None, layer: Layer, config: ModelConfig,
     h = norm(x, layer.attention_norm, ops) if delta is None else norm(delta, layer.attention_norm, ops, residual=x)
     x = rows_of(x, shared.kept)
     other = rows_of(h, shared.kept) if layer.mlp_norm is layer.attention_norm else norm(x, layer.mlp_norm, ops)
-    return x, attend(h, layer, config, shared, ops) + mlp(other, layer, config, ops)
+    return x, layer.out.apply(attend(h, layer, config, shared, ops)) + mlp(other, layer, config, ops)
 
 
 Block = Callable[[Tensor, Tensor | None, Layer, ModelConfig, Shared, Ops], Stream]

@@ -15,10 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyembed.linear import FUSED
-from pyembed.ops import reference
 
 TINY = 1e-30  # least range of a row: one of zeros is exact, and nothing is divided by zero
 LEVELS, LARGEST = 255, 127  # of activations, uint8; of weights, int8
@@ -34,11 +34,12 @@ class Int8:
     scale: Tensor  # [O] float32
     sums: Tensor  # [O] int32, of each row of `values`
     bias: Tensor | None  # [O] float32
+    gated: bool = False  # W is [gate; up] of a gated MLP, whose activation is an op of its own
 
     @property
     def fuses(self) -> frozenset[str]:
         """The activations that `apply` takes."""
-        return frozenset(FUSED)
+        return frozenset() if self.gated else frozenset(FUSED)
 
     def apply(self, x: Tensor, *, act: str | None = None) -> Tensor:
         """x [rows, I] to [rows, O] in the dtype of x, with `act`, one of `fuses`, on top."""
@@ -50,15 +51,8 @@ class Int8:
         if act == "relu":
             y = torch.relu(y)
         elif act is not None:
-            y = activated(y, act)
+            y = F.gelu(y, approximate=FUSED[act][1])
         return y.to(x.dtype)
-
-
-def activated(y: Tensor, act: str) -> Tensor:
-    """A GELU of float32 sums."""
-    made = reference.gelu(y, tanh=act == "gelu_tanh")
-    assert isinstance(made, Tensor)
-    return made
 
 
 def int8(weight: Tensor, bias: Tensor | None) -> Int8:
@@ -94,7 +88,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = low.clamp_max(0), high.clamp_min(0)
     span = (high - low).clamp_min(TINY)
     finite = span.isfinite()
-    inverse = torch.where(finite, LEVELS / span, 0.0)
+    inverse = torch.where(finite, torch.full_like(span, LEVELS) / span, 0.0)  # a number / tensor is computed as a product
     zero = torch.where(finite, (-low * inverse).round(), 0.0)
     q = ((wide * inverse[:, None]).round_() + zero[:, None]).clamp_(0, LEVELS).nan_to_num_(0.0)
     return q.to(torch.uint8), zero.int(), torch.where(finite, span / LEVELS, torch.nan)

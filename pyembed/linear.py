@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pyembed.ops import Norm
 
 # oneDNN's names of the activations that its GEMM computes on the float32 accumulators, before the one rounding
 FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
@@ -28,6 +31,16 @@ class Affine(Protocol):
         """x [rows, in_features] to [rows, out_features], with `act` on top; `act` must be in `fuses`."""
 
 
+@runtime_checkable
+class Chain(Affine, Protocol):
+    """One that also computes what comes after it, while the rows are in cache."""
+
+    def chain(
+        self, x: Tensor, *, act: str | None = None, second: Chain | None = None, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """`apply`; then, where they are given, `second`, and the norm of residual + that, which then also stands in `residual`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
     """y = x W^T + b. `packed`: the weight is in oneDNN's blocked layout, which only its own GEMM reads."""
@@ -35,11 +48,12 @@ class Linear:
     weight: Tensor  # [out_features, in_features], or that packed
     bias: Tensor | None  # [out_features]
     packed: bool
+    gated: bool = False  # W is [gate; up] of a gated MLP, whose activation is an op of its own
 
     @property
     def fuses(self) -> frozenset[str]:
         """The activations that `apply` takes."""
-        return frozenset(FUSED) if self.packed else frozenset()
+        return frozenset(FUSED) if self.packed and not self.gated else frozenset()
 
     def apply(self, x: Tensor, *, act: str | None = None) -> Tensor:
         """x [rows, in_features] to [rows, out_features], with `act` on top; `act` must be in `fuses`."""
@@ -57,7 +71,7 @@ def packable(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)
 
 
-def linear(weight: Tensor, bias: Tensor | None) -> Linear:
+def linear(weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Linear:
     """A Linear of a weight [out_features, in_features] on its device, packed once where that measures faster.
 
     A packed Linear never shares memory with `weight`, which the caller may use again.
@@ -66,4 +80,4 @@ def linear(weight: Tensor, bias: Tensor | None) -> Linear:
     if packed:
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         weight = reordered if reordered.is_mkldnn else weight.clone()
-    return Linear(weight, bias, packed)
+    return Linear(weight, bias, packed, gated)

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -100,12 +101,14 @@ def load(
     """
     dense = [(stack.settings / head.path, head) for head in spec.dense]
     given = (stack.weights, spec.model, names, dense, device)
+    kernels = kernels_of(device, dtype, backend)
     with torch.inference_mode():
         if dtype == torch.int8:
-            tensors = weights.load(*given, torch.bfloat16, stack.task(adapter), quantising.Trial)
+            tensors = weights.load(*given, torch.bfloat16, stack.task(adapter), partial(quantising.Trial, kernels))
         else:
-            tensors = weights.load(*given, dtype, stack.task(adapter))
-    loaded = Loaded(spec, tensors, kernels_of(device, dtype, backend), device, dtype, adapter)
+            make = lambda read, gated: kernels.linear(*read(), gated=gated)  # noqa: E731
+            tensors = weights.load(*given, dtype, stack.task(adapter), make)
+    loaded = Loaded(spec, tensors, kernels, device, dtype, adapter)
     if probe is not None:
         with device_of(loaded):
             loaded.weights, loaded.errors = quantising.settle(tensors, probe, loaded.ops)

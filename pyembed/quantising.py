@@ -21,7 +21,7 @@ from torch import Tensor
 from pyembed.batch import ROW_MULTIPLE, pack
 from pyembed.blocks import Layer, PerLayer
 from pyembed.int8 import int8
-from pyembed.linear import Affine, Read, linear
+from pyembed.linear import Affine, Read
 from pyembed.model import Weights, forward
 from pyembed.ops import Ops
 from pyembed.tensorfile import shorten
@@ -53,7 +53,9 @@ def probe(tokenizer: Tokenizer, vocab_size: int) -> list[np.ndarray]:
 class Trial:
     """A linear layer before it is known how it will run. `apply` reads its weight, decides, and gives the output in bfloat16."""
 
+    ops: Ops
     read: Read
+    gated: bool
     made: Affine | None = None
     error: float = 0.0
 
@@ -68,7 +70,8 @@ class Trial:
         quantised = int8(weight, bias)
         right = F.linear(x, weight, bias)
         self.error = error(quantised.apply(x.float()), right.float())
-        self.made = quantised if self.error <= LIMIT else linear(weight, bias)
+        good = self.error <= LIMIT
+        self.made = self.ops.int8(quantised, gated=self.gated) if good else self.ops.linear(weight, bias, gated=self.gated)
         return right
 
 

@@ -218,11 +218,11 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     adapters: Sequence[Path] = (),
-    make: Callable[[Read], Affine] = lambda read: linear(*read()),
+    make: Callable[[Read, bool], Affine] = lambda read, gated: linear(*read(), gated=gated),
 ) -> Weights:
     """The weights of `directory`, with LoRA `adapters` merged in this order, on `device` in `dtype`; norms, the projection and Dense
     modules in float32. The head that gives logits is not among them (`load_vocabulary`). `make` makes the linear layers of the blocks,
-    and may read later what they are made of.
+    the gated ones among them or not, and may read later what they are made of.
 
     Beyond the weights the process holds one matrix: where packing copies anyway, matrices are merged and converted in one scratch
     buffer, because freeing and allocating one each time leaves holes in the heap (measured: 1.21 x the weights instead of 1.06).
@@ -247,7 +247,7 @@ def load(
             files.copy(part, place.unflatten(0, (3, config.num_heads, config.head_dim)).transpose(0, 1) if by_head else place)
         return merged
 
-    def linear_of(at: str, parts: Sequence[str], rows: slice = slice(None), *, by_head: bool = False) -> Affine:
+    def linear_of(at: str, parts: Sequence[str], rows: slice = slice(None), *, by_head: bool = False, gated: bool = False) -> Affine:
         def read() -> tuple[Tensor, Tensor | None]:
             weight = tensor(*(f"{at}{part}.weight" for part in parts), into=scratch, by_head=by_head)
             biased = f"{at}{parts[0]}.bias" in shapes
@@ -255,7 +255,7 @@ def load(
             some = weight[rows] if scratch is not None or rows == slice(None) else weight[rows].clone()
             return some, None if bias is None else bias[rows].clone()
 
-        return make(read)
+        return make(read, gated)
 
     def queries_apart(at: str, parts: Sequence[str], queries: int, *, by_head: bool) -> tuple[Affine, ...]:
         return tuple(linear_of(at, parts, rows, by_head=by_head) for rows in (slice(0, queries), slice(queries, None)))
@@ -299,7 +299,7 @@ def load(
             at = names.layers.format(n=n)
             gate, out = linear_of(at, (extra.gate,)), linear_of(at, (extra.out,))
             scale = float(tensor(at + extra.scale))
-            made.append(PerLayer(make(partial(unbiased, rows)), projected, gate, out, needed(at + extra.norm), scale))
+            made.append(PerLayer(make(partial(unbiased, rows), False), projected, gate, out, needed(at + extra.norm), scale))
         return made
 
     def layers() -> Iterator[Layer]:
@@ -315,7 +315,7 @@ def load(
                 if n + 1 == config.num_layers
                 else (linear_of(at, names.qkv, by_head=names.qkv_by_head),),
                 out=linear_of(at, (names.out,)),
-                up=linear_of(at, names.up),
+                up=linear_of(at, names.up, gated=config.gated),
                 down=linear_of(at, (names.down,)),
                 attention_norm=attention_norm,
                 mlp_norm=attention_norm if names.mlp_norm == names.attention_norm else needed(at + names.mlp_norm),

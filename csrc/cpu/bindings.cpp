@@ -35,7 +35,9 @@ std::vector<const Kernels*> supported() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
-        if (__builtin_cpu_supports("avx512bf16")) all.push_back(&avx512_bf16_kernels);
+        const bool vnni = __builtin_cpu_supports("avx512vnni");
+        if (vnni && __builtin_cpu_supports("avx512bf16")) all.push_back(&avx512_bf16_kernels);
+        if (vnni) all.push_back(&avx512_vnni_kernels);
         all.push_back(&avx512_kernels);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.push_back(&avx2_kernels);
@@ -187,6 +189,24 @@ void pool(int dtype, int threads, int mode, Address x, int64_t T, int64_t D, int
     chosen.load()->pool(p);
 }
 
+Matrix matrix(const py::object& layer) {
+    if (layer.is_none()) return Matrix{};
+    const auto t = layer.cast<std::tuple<Address, int64_t, int64_t, int64_t, bool, Address, Address, Address, int>>();
+    return Matrix{at<int32_t>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t),
+                  at<float>(std::get<5>(t)),   at<int32_t>(std::get<6>(t)), at<float>(std::get<7>(t)), Act(std::get<8>(t))};
+}
+
+void linear(int threads, Address x, int64_t T, int64_t x_stride, const py::object& first, const py::object& second, Address residual,
+            int64_t residual_stride, const py::object& norm, Address y) {
+    const Matrix one = matrix(first), two = matrix(second);
+    const int64_t out = two.words ? two.out : one.out;
+    const NormRowsParams after{at<void>(y), T, out, out, (void*)residual, residual_stride, norm_params(norm),
+                               RowsOut{(void*)y, nullptr, Quant::none}, Dtype::bf16, threads};
+    const LinearParams p{at<void>(x), T, x_stride, one, two, after, (void*)y, threads};
+    py::gil_scoped_release release;
+    chosen.load()->linear(p);
+}
+
 }  // namespace
 
 float* scratch(size_t floats) {
@@ -210,6 +230,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels; pyembed.ops.cpu is their interface.";
     m.attr("QUERY_TILE") = QUERY_TILE;
     m.attr("EXACT") = EXACT;
+    m.attr("PANEL") = PANEL;
     m.def("isas", [] {
         py::list names;
         for (const auto& name : isas()) names.append(name);
@@ -224,4 +245,5 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("attention", &attention);
     m.def("activation", &activation);
     m.def("pool", &pool);
+    m.def("linear", &linear);
 }

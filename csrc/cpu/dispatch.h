@@ -19,12 +19,14 @@ struct Kernels {
     void (*attention)(const AttentionParams&);
     void (*activation)(const ActivationParams&);
     void (*pool)(const PoolParams&);
+    void (*linear)(const LinearParams&);
 };
 
 extern const Kernels generic_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512_vnni_kernels;
 extern const Kernels avx512_bf16_kernels;
 #endif
 

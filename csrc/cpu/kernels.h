@@ -15,7 +15,9 @@ using Narrow = Singles<bf16>;  // how attention multiplies bfloat16
 #include "activation.h"
 #include "attention.h"
 #include "embed.h"
+#include "gemm.h"
+#include "linear.h"
 #include "pool.h"
 #include "rope.h"
 
-constexpr Kernels kernels = {ISA, embed, norm, rope, attention, activation, pool};
+constexpr Kernels kernels = {ISA, embed, norm, rope, attention, activation, pool, linear};

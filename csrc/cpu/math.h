@@ -25,6 +25,20 @@ inline V round_to<float>(V v) { return v; }
 template <>
 inline V round_to<bf16>(V v) { return round_bf16(v); }
 
+// Rounded to T and stored.
+template <class T>
+static inline void store_rounded(T* p, int64_t i, int64_t end, V v) {
+#ifdef PYEMBED_PAIRS
+    if constexpr (sizeof(T) == 2) {
+        if (i + W <= end) {
+            _mm256_storeu_si256((__m256i*)(p + i), (__m256i)_mm512_cvtneps_pbh(v));
+            return;
+        }
+    }
+#endif
+    store_row(p, i, end, round_to<T>(v));
+}
+
 // 2^(n + r) for integral n in [-126, 127] and |r| <= 1/2, error 1e-7.
 static inline V exp2_parts(V n, V r) {
     V p = set1(1.535336202522962e-4f);

@@ -86,23 +86,26 @@ static inline void write_row(float* row, int64_t D, int64_t t, const RowsOut& ou
 }
 
 template <class T>
+static inline void norm_row(const NormRowsParams& p, int64_t t) {
+    const T* x = (const T*)p.x + t * p.x_stride;
+    T* residual = p.residual ? (T*)p.residual + t * p.residual_stride : nullptr;
+    float* row = scratch(p.D);
+    for (int64_t i = 0; i < p.D; i += W) {
+        V v = load_row(x, i, p.D);
+        if (residual) {
+            v = round_to<T>(v + load_row(residual, i, p.D));
+            store_row(residual, i, p.D, v);
+        }
+        store_row(row, i, p.D, v);
+    }
+    normalise<T>(row, p.D, p.norm);
+    write_row<T>(row, p.D, t, p.out);
+}
+
+template <class T>
 static void norm_rows(const NormRowsParams& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-    for (int64_t t = 0; t < p.T; ++t) {
-        const T* x = (const T*)p.x + t * p.x_stride;
-        T* residual = p.residual ? (T*)p.residual + t * p.residual_stride : nullptr;
-        float* row = scratch(p.D);
-        for (int64_t i = 0; i < p.D; i += W) {
-            V v = load_row(x, i, p.D);
-            if (residual) {
-                v = round_to<T>(v + load_row(residual, i, p.D));
-                store_row(residual, i, p.D, v);
-            }
-            store_row(row, i, p.D, v);
-        }
-        normalise<T>(row, p.D, p.norm);
-        write_row<T>(row, p.D, t, p.out);
-    }
+    for (int64_t t = 0; t < p.T; ++t) norm_row<T>(p, t);
 }
 
 static void norm(const NormRowsParams& p) {

@@ -67,3 +67,23 @@ static inline void store_n(bf16* p, V v, int64_t n) {
     store(part, v);
     for (int64_t i = 0; i < n; ++i) p[i] = part[i];
 }
+
+static inline VI set1_int(int32_t x) { return _mm256_set1_epi32(x); }
+static inline VI load_int(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+static inline VI as_int(V v) { return _mm256_castps_si256(v); }
+static inline V as_float(VI v) { return _mm256_castsi256_ps(v); }
+static inline V to_float(VI v) { return _mm256_cvtepi32_ps(v); }
+static inline VI lower_half_up(VI v) { return _mm256_slli_epi32(v, 16); }
+static inline VI upper_half(VI v) { return _mm256_and_si256(v, _mm256_set1_epi32(int(0xffff0000))); }
+static inline VI minus_product(VI a, int32_t x, VI y) { return _mm256_sub_epi32(a, _mm256_mullo_epi32(_mm256_set1_epi32(x), y)); }
+static inline void store_bytes(uint8_t* p, V v) {
+    const __m256i words = _mm256_cvtps_epi32(v);  // NaN and what is too large: the least number
+    const __m128i shorts = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(shorts, shorts));
+}
+// Even and odd bytes apart, as 16-bit numbers: the instruction for bytes would saturate.
+static inline VI dot_bytes(VI sum, VI x, VI w) {
+    const VI even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
+    const VI odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(w, 8));
+    return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+}

@@ -52,3 +52,25 @@ static inline V round_bf16(V v) {
 static inline __m256i narrow(V v) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16)); }
 static inline void store(bf16* p, V v) { _mm256_storeu_si256((__m256i*)p, narrow(v)); }
 static inline void store_n(bf16* p, V v, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow(v)); }
+
+static inline VI set1_int(int32_t x) { return _mm512_set1_epi32(x); }
+static inline VI load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
+static inline VI as_int(V v) { return _mm512_castps_si512(v); }
+static inline V as_float(VI v) { return _mm512_castsi512_ps(v); }
+static inline V to_float(VI v) { return _mm512_cvtepi32_ps(v); }
+static inline VI lower_half_up(VI v) { return _mm512_slli_epi32(v, 16); }
+static inline VI upper_half(VI v) { return _mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000))); }
+static inline VI minus_product(VI a, int32_t x, VI y) { return _mm512_sub_epi32(a, _mm512_mullo_epi32(_mm512_set1_epi32(x), y)); }
+static inline void store_bytes(uint8_t* p, V v) {
+    const VI words = _mm512_max_epi32(_mm512_cvtps_epi32(v), _mm512_setzero_si512());
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtusepi32_epi8(words));
+}
+#ifdef PYEMBED_VNNI
+static inline VI dot_bytes(VI sum, VI x, VI w) { return _mm512_dpbusd_epi32(sum, x, w); }
+#else
+static inline VI dot_bytes(VI sum, VI x, VI w) {
+    const VI even = _mm512_madd_epi16(_mm512_and_si512(x, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8));
+    const VI odd = _mm512_madd_epi16(_mm512_srli_epi16(x, 8), _mm512_srai_epi16(w, 8));
+    return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
+}
+#endif

@@ -70,3 +70,26 @@ static inline void store_n(bf16* p, V v, int64_t n) {  // v already has bfloat16
     for (int64_t i = 0; i < n; ++i) p[i].bits = uint16_t(uint32_t(((VI)v)[i]) >> 16);
 }
 static inline void store(bf16* p, V v) { store_n(p, v, W); }
+
+static inline VI set1_int(int32_t x) { return VI{x, x, x, x}; }
+static inline VI load_int(const int32_t* p) {
+    VI v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline VI as_int(V v) { return (VI)v; }      // the same bits
+static inline V as_float(VI v) { return (V)v; }     // the same bits
+static inline V to_float(VI v) { return __builtin_convertvector(v, V); }
+static inline VI lower_half_up(VI v) { return v << 16; }
+static inline VI upper_half(VI v) { return v & int32_t(0xffff0000); }
+static inline VI minus_product(VI a, int32_t x, VI y) { return a - x * y; }
+// Whole numbers, brought into [0, 255].
+static inline void store_bytes(uint8_t* p, V v) {
+    const V inside = min(max(v, zero()), set1(255.0f));
+    for (int i = 0; i < W; ++i) p[i] = uint8_t(inside[i]);
+}
+// sum + the four products of unsigned bytes of x and signed bytes of w in each word.
+static inline VI dot_bytes(VI sum, VI x, VI w) {
+    for (int shift = 0; shift < 32; shift += 8) sum += ((x >> shift) & 255) * ((w << (24 - shift)) >> 24);
+    return sum;
+}

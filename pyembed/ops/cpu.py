@@ -18,62 +18,17 @@ import pyembed._cpu as _cpu
 from pyembed.config import ModelConfig
 from pyembed.ops import POOL_MODES, DistanceBias, Norm, PoolMode, Prefix, Quant, Quantised, reference
 from pyembed.ops.budget import Budget, balance
+from pyembed.ops.checks import check, check_rows_apart, check_whole, dtype_number, no_kernel, norm_argument
+from pyembed.ops.panels import int8 as int8
+from pyembed.ops.panels import linear as linear
 from pyembed.ops.reference import latent_attention as latent_attention
 
 FROM_REFERENCE: tuple[str, ...] = ("latent_attention",)
 
 # The numbers of the enumerations in csrc/params.h.
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _QUANTS: dict[Quant | None, int] = {None: 0, "int8": 1, "fp8": 2}
 _SWIGLU, _GEGLU, _GELU = 0, 1, 3  # the tanh variant follows the erf variant
 _POOL_MODES: dict[PoolMode, int] = {"cls": 0, "max": 1, "mean": 2, "mean_sqrt_len_tokens": 3, "weightedmean": 4, "lasttoken": 5}
-
-_NormArgument = tuple[int, int, float, bool, bool] | None
-
-
-def _no_kernel(x: Tensor) -> bool:
-    """Whether the reference computes for the dtype of `x`."""
-    return x.dtype is torch.float16 or x.dtype is torch.float64
-
-
-def _dtype(x: Tensor) -> int:
-    number = _DTYPES.get(x.dtype)
-    if number is None:
-        raise ValueError(f"activations must be float32, bfloat16, float16 or float64, got {x.dtype}")
-    return number
-
-
-def _check(name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
-    """`x` is in main memory, of that dtype and shape (-1: any size), and its last dimension is contiguous."""
-    if not x.is_cpu or x.dtype is not dtype:
-        raise ValueError(f"{name} must be a {dtype} tensor on the CPU, got {x.dtype} on {x.device}")
-    got = x.shape
-    if len(got) != len(shape) or any(want not in (-1, size) for want, size in zip(shape, got, strict=True)):
-        raise ValueError(f"{name} must have shape {list(shape)} (-1: any), got {list(got)}")
-    if got[-1] > 1 and x.stride(-1) != 1 and x.numel() > 0:
-        raise ValueError(f"{name} must have unit stride in its last dimension, got strides {x.stride()}")
-    return x
-
-
-def _check_whole(name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> int:
-    """The address of a contiguous tensor."""
-    if not _check(name, x, dtype, *shape).is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {x.stride()} for shape {list(x.shape)}")
-    return x.data_ptr()
-
-
-def _check_rows_apart(name: str, x: Tensor) -> None:
-    """The rows of a tensor that is written do not overlap."""
-    if x.shape[0] > 1 and x.stride(0) < x.shape[1]:
-        raise ValueError(f"{name} is written, so its rows must not overlap, got strides {x.stride()} for shape {list(x.shape)}")
-
-
-def _norm_argument(norm: Norm | None, size: int) -> _NormArgument:
-    if norm is None:
-        return None
-    weight = 0 if norm.weight is None else _check_whole("norm.weight", norm.weight, torch.float32, size)
-    bias = 0 if norm.bias is None else _check_whole("norm.bias", norm.bias, torch.float32, size)
-    return weight, bias, norm.eps, norm.layer, norm.round_first
 
 
 def _rows_out(x: Tensor, size: int, quant: Quant | None) -> tuple[Tensor | Quantised, int, int, int]:
@@ -114,52 +69,52 @@ def embed(
     type_row: Tensor | None = None,
     norm: Norm | None = None,
 ) -> Tensor:
-    if _no_kernel(tokens):
+    if no_kernel(tokens):
         return reference.embed(
             input_ids, tokens, scale=scale, positions=positions, position_table=position_table, type_row=type_row, norm=norm
         )
-    dtype = _dtype(tokens)
-    _check("tokens", tokens, tokens.dtype, -1, -1)
-    ids, rows, width = _check_whole("input_ids", input_ids, torch.int64, -1), input_ids.shape[0], tokens.shape[1]
+    dtype = dtype_number(tokens)
+    check("tokens", tokens, tokens.dtype, -1, -1)
+    ids, rows, width = check_whole("input_ids", input_ids, torch.int64, -1), input_ids.shape[0], tokens.shape[1]
     position_rows, table = 0, (0, 0, 0)
     if position_table is not None:
         if positions is None:
             raise ValueError("position_table was given without positions")
-        position_rows = _check_whole("positions", positions, torch.int64, rows)
-        _check("position_table", position_table, tokens.dtype, -1, width)
+        position_rows = check_whole("positions", positions, torch.int64, rows)
+        check("position_table", position_table, tokens.dtype, -1, width)
         table = (position_table.data_ptr(), position_table.stride(0), position_table.shape[0])
-    type_address = 0 if type_row is None else _check_whole("type_row", type_row, tokens.dtype, width)
+    type_address = 0 if type_row is None else check_whole("type_row", type_row, tokens.dtype, width)
     out = torch.empty((rows, width), dtype=tokens.dtype, device="cpu")
     _cpu.embed(
         dtype, torch.get_num_threads(), ids, rows, width, tokens.data_ptr(), tokens.stride(0), tokens.shape[0], scale,
-        position_rows, *table, type_address, _norm_argument(norm, width), out.data_ptr(),
+        position_rows, *table, type_address, norm_argument(norm, width), out.data_ptr(),
     )  # fmt: skip
     return out
 
 
 def _add_norm(x: Tensor, norm: Norm, residual: Tensor | None, quant: Quant | None) -> Tensor | Quantised:
-    dtype = _dtype(x)
-    rows, width = _check("x", x, x.dtype, -1, -1).shape
+    dtype = dtype_number(x)
+    rows, width = check("x", x, x.dtype, -1, -1).shape
     stream, stream_stride = 0, 0
     if residual is not None:
-        _check_rows_apart("residual", _check("residual", residual, x.dtype, rows, width))
+        check_rows_apart("residual", check("residual", residual, x.dtype, rows, width))
         stream, stream_stride = residual.data_ptr(), residual.stride(0)
     out, values, scale, kind = _rows_out(x, width, quant)
     _cpu.norm(
         dtype, torch.get_num_threads(), x.data_ptr(), rows, width, x.stride(0), stream, stream_stride,
-        _norm_argument(norm, width), values, scale, kind,
+        norm_argument(norm, width), values, scale, kind,
     )  # fmt: skip
     return out
 
 
 def rms_norm(x: Tensor, norm: Norm, *, residual: Tensor | None = None, quant: Quant | None = None) -> Tensor | Quantised:
-    if _no_kernel(x):
+    if no_kernel(x):
         return reference.rms_norm(x, norm, residual=residual, quant=quant)
     return _add_norm(x, norm, residual, quant)
 
 
 def layer_norm(x: Tensor, norm: Norm, *, residual: Tensor | None = None, quant: Quant | None = None) -> Tensor | Quantised:
-    if _no_kernel(x):
+    if no_kernel(x):
         return reference.layer_norm(x, norm, residual=residual, quant=quant)
     return _add_norm(x, norm, residual, quant)
 
@@ -176,14 +131,14 @@ def qk_norm_rope(
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
 ) -> None:
-    if _no_kernel(qkv):
+    if no_kernel(qkv):
         reference.qk_norm_rope(
             qkv, num_heads, num_key_value_heads, cos=cos, sin=sin, rows=rows, interleaved=interleaved, q_norm=q_norm, k_norm=k_norm
         )
         return
-    dtype = _dtype(qkv)
-    tokens, width = _check("qkv", qkv, qkv.dtype, -1, -1).shape
-    _check_rows_apart("qkv", qkv)
+    dtype = dtype_number(qkv)
+    tokens, width = check("qkv", qkv, qkv.dtype, -1, -1).shape
+    check_rows_apart("qkv", qkv)
     head, rest = divmod(width, max(1, num_heads + 2 * num_key_value_heads))
     if rest or num_heads < 0 or num_key_value_heads < 0:
         raise ValueError(f"qkv has {width} columns, which are not {num_heads} + 2 * {num_key_value_heads} heads")
@@ -191,15 +146,15 @@ def qk_norm_rope(
     if cos is not None:
         if sin is None or rows is None:
             raise ValueError("cos was given without sin or rows")
-        positions, half = _check("cos", cos, torch.float32, -1, -1).shape
-        _check("sin", sin, torch.float32, positions, half)
+        positions, half = check("cos", cos, torch.float32, -1, -1).shape
+        check("sin", sin, torch.float32, positions, half)
         if 2 * half > head:
             raise ValueError(f"cos has {half} columns, which rotate {2 * half} dimensions, but a head has {head}")
-        of_tokens = _check_whole("rows", rows, torch.int64, tokens)
+        of_tokens = check_whole("rows", rows, torch.int64, tokens)
         tables = (cos.data_ptr(), cos.stride(0), sin.data_ptr(), sin.stride(0), 2 * half, positions, of_tokens)
     _cpu.rope(
         dtype, torch.get_num_threads(), qkv.data_ptr(), tokens, qkv.stride(0), num_heads, num_key_value_heads, head,
-        *tables, interleaved, _norm_argument(q_norm, head), _norm_argument(k_norm, head),
+        *tables, interleaved, norm_argument(q_norm, head), norm_argument(k_norm, head),
     )  # fmt: skip
 
 
@@ -223,43 +178,43 @@ def attention(
     prefix: Prefix | None = None,
     q_start: Tensor | None = None,
 ) -> Tensor:
-    if _no_kernel(q):
+    if no_kernel(q):
         return reference.attention(
             q, k, v, cu_q, cu_k, schedule,
             causal=causal, window=window, scale=scale, softcap=softcap, bias=bias, prefix=prefix, q_start=q_start,
         )  # fmt: skip
-    dtype = _dtype(q)
-    queries, heads, width = _check("q", q, q.dtype, -1, -1, -1).shape
-    keys, groups, _ = _check("k", k, q.dtype, -1, -1, width).shape
-    _check("v", v, q.dtype, keys, groups, width)
+    dtype = dtype_number(q)
+    queries, heads, width = check("q", q, q.dtype, -1, -1, -1).shape
+    keys, groups, _ = check("k", k, q.dtype, -1, -1, width).shape
+    check("v", v, q.dtype, keys, groups, width)
     if groups < 1 or heads % groups:
         raise ValueError(f"{heads} query heads are not a multiple of {groups} key/value heads")
     if queries + keys > _cpu.EXACT // 2:
         raise ValueError(f"a batch must hold at most {_cpu.EXACT // 2} queries and keys, got {queries} and {keys}")
     if not isinstance(schedule, Tensor):
         raise ValueError(f"schedule must be what schedule(lengths) of this module returned, got {type(schedule).__name__}")
-    tiles = _check_whole("schedule", schedule, torch.int32, -1, 2)
-    offsets_q, sequences = _check_whole("cu_q", cu_q, torch.int32, -1), cu_q.shape[0] - 1
+    tiles = check_whole("schedule", schedule, torch.int32, -1, 2)
+    offsets_q, sequences = check_whole("cu_q", cu_q, torch.int32, -1), cu_q.shape[0] - 1
     if sequences < 0:
         raise ValueError("cu_q must have one entry more than there are sequences, got none")
-    offsets_k = _check_whole("cu_k", cu_k, torch.int32, sequences + 1)
+    offsets_k = check_whole("cu_k", cu_k, torch.int32, sequences + 1)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     table, radius = 0, 0
     if bias is not None:
-        table, radius = _check_whole("bias.table", bias.table, torch.float32, heads, -1), bias.radius
+        table, radius = check_whole("bias.table", bias.table, torch.float32, heads, -1), bias.radius
         if bias.table.shape[1] != 2 * radius + 1:
             raise ValueError(f"bias.table must have an odd number of columns, got {bias.table.shape[1]}")
         if bias.table.numel() > _cpu.EXACT:
             raise ValueError(f"bias.table must hold at most {_cpu.EXACT} numbers, got {list(bias.table.shape)}")
     shared: tuple[tuple[int, int, int], tuple[int, int, int], int, int, int, int] = ((0, 0, 0), (0, 0, 0), 0, 0, 0, 0)
     if prefix is not None:
-        rows = _check("prefix.k", prefix.k, q.dtype, -1, groups, width).shape[0]
-        _check("prefix.v", prefix.v, q.dtype, rows, groups, width)
-        offsets_p = _check_whole("prefix.cu_p", prefix.cu_p, torch.int32, -1)
-        of_sequences = _check_whole("prefix.prefix_of", prefix.prefix_of, torch.int32, sequences)
+        rows = check("prefix.k", prefix.k, q.dtype, -1, groups, width).shape[0]
+        check("prefix.v", prefix.v, q.dtype, rows, groups, width)
+        offsets_p = check_whole("prefix.cu_p", prefix.cu_p, torch.int32, -1)
+        of_sequences = check_whole("prefix.prefix_of", prefix.prefix_of, torch.int32, sequences)
         shared = (_head_rows(prefix.k), _head_rows(prefix.v), rows, prefix.cu_p.shape[0] - 1, offsets_p, of_sequences)
-    starts = 0 if q_start is None else _check_whole("q_start", q_start, torch.int32, sequences)
+    starts = 0 if q_start is None else check_whole("q_start", q_start, torch.int32, sequences)
     left, right = (-1, -1) if window is None else window
     out = torch.empty((queries, heads, width), dtype=q.dtype, device="cpu")
     _cpu.attention(
@@ -271,8 +226,8 @@ def attention(
 
 
 def _activation(kind: int, x: Tensor, gated: bool, quant: Quant | None) -> Tensor | Quantised:
-    dtype = _dtype(x)
-    rows, width = _check("x", x, x.dtype, -1, -1).shape
+    dtype = dtype_number(x)
+    rows, width = check("x", x, x.dtype, -1, -1).shape
     if gated and width % 2:
         raise ValueError(f"x must hold gate and up side by side, got an odd number of columns: {width}")
     size = width // 2 if gated else width
@@ -282,15 +237,15 @@ def _activation(kind: int, x: Tensor, gated: bool, quant: Quant | None) -> Tenso
 
 
 def swiglu(x: Tensor, *, quant: Quant | None = None) -> Tensor | Quantised:
-    return reference.swiglu(x, quant=quant) if _no_kernel(x) else _activation(_SWIGLU, x, True, quant)
+    return reference.swiglu(x, quant=quant) if no_kernel(x) else _activation(_SWIGLU, x, True, quant)
 
 
 def geglu(x: Tensor, *, tanh: bool, quant: Quant | None = None) -> Tensor | Quantised:
-    return reference.geglu(x, tanh=tanh, quant=quant) if _no_kernel(x) else _activation(_GEGLU + tanh, x, True, quant)
+    return reference.geglu(x, tanh=tanh, quant=quant) if no_kernel(x) else _activation(_GEGLU + tanh, x, True, quant)
 
 
 def gelu(x: Tensor, *, tanh: bool, quant: Quant | None = None) -> Tensor | Quantised:
-    return reference.gelu(x, tanh=tanh, quant=quant) if _no_kernel(x) else _activation(_GELU + tanh, x, False, quant)
+    return reference.gelu(x, tanh=tanh, quant=quant) if no_kernel(x) else _activation(_GELU + tanh, x, False, quant)
 
 
 def pool(
@@ -303,13 +258,13 @@ def pool(
     normalize: bool = False,
     dim: int | None = None,
 ) -> Tensor:
-    if _no_kernel(x):
+    if no_kernel(x):
         return reference.pool(x, cu_seqlens, spans, mode, norm=norm, normalize=normalize, dim=dim)
-    dtype = _dtype(x)
-    rows, width = _check("x", x, x.dtype, -1, -1).shape
+    dtype = dtype_number(x)
+    rows, width = check("x", x, x.dtype, -1, -1).shape
     texts = spans.shape[0]
-    read = _check_whole("spans", spans, torch.int32, -1, 2)
-    starts = _check_whole("cu_seqlens", cu_seqlens, torch.int32, texts + 1)
+    read = check_whole("spans", spans, torch.int32, -1, 2)
+    starts = check_whole("cu_seqlens", cu_seqlens, torch.int32, texts + 1)
     if mode not in _POOL_MODES:
         raise ValueError(f"mode must be one of {', '.join(POOL_MODES)}, got {mode!r}")
     kept = width if dim is None else dim
@@ -318,6 +273,6 @@ def pool(
     out = torch.empty((texts, kept), dtype=torch.float32, device="cpu")
     _cpu.pool(
         dtype, torch.get_num_threads(), _POOL_MODES[mode], x.data_ptr(), rows, width, x.stride(0), starts, read, texts, kept,
-        _norm_argument(norm, width), normalize, out.data_ptr(),
+        norm_argument(norm, width), normalize, out.data_ptr(),
     )  # fmt: skip
     return out

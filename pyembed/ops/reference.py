@@ -8,12 +8,15 @@ their sum stays float32. Float64 inputs are computed in float64 throughout, whic
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyembed.config import ModelConfig
+from pyembed.int8 import Int8
+from pyembed.linear import linear as linear
 from pyembed.ops import DistanceBias, Norm, PoolMode, Prefix, Quant, Quantised
 from pyembed.ops.budget import Budget, balance
 
@@ -256,3 +259,8 @@ def latent_attention(scores: Tensor, heads: int) -> Tensor:
     """
     wide = _wide(scores).unflatten(-1, (heads, -1))
     return torch.softmax(wide, -1).flatten(-2).to(scores.dtype)
+
+
+def int8(layer: Int8, *, gated: bool = False) -> Int8:
+    """The layer that runs in place of `layer`; `gated`: its weight is [gate; up] of a gated MLP."""
+    return replace(layer, gated=gated)

@@ -1,0 +1,120 @@
+// Rows of bfloat16 times a matrix of bfloat16 or int8: tiles of sums in registers. linear.h makes layers of them.
+//
+// One loop serves both: a 32-bit word holds two bfloat16 or four int8 of the inner dimension, and multiply-adds take whole words. Weights
+// come in panels of PANEL columns, [panels, words, PANEL]; rows are packed in groups, [pieces, GROUP, PIECE], those for int8 weights
+// quantised on the way. A tile is a group of rows times a panel, summed over all words at once, so that a row's bits depend on nothing
+// but the row.
+
+constexpr int GROUP = 12;  // rows of a tile: with two vectors of columns, 24 sums in registers
+constexpr int PIECE = 16;  // words of a row that lie side by side: the 32 bfloat16 of a panel's columns, where they are a result
+
+// How a word of a row meets W words of weights.
+struct Halves {
+    static constexpr int PER_WORD = 2;
+    using Sum = V;
+    static inline Sum none() { return zero(); }
+    static inline void keep(float* at, Sum sum) { store(at, sum); }
+#ifdef PYEMBED_PAIRS
+    static inline V spread(const int32_t* word) { return as_float(set1_int(*word)); }
+    static inline V weights(const int32_t* words) { return as_float(load_int(words)); }
+    static inline Sum add(Sum sum, V x, V w) { return Pairs::multiply_add(x, w, sum); }
+#else
+    struct Both {
+        V low, high;
+    };
+    static inline Both split(VI words) { return Both{as_float(lower_half_up(words)), as_float(upper_half(words))}; }
+    static inline Both spread(const int32_t* word) { return split(set1_int(*word)); }
+    static inline Both weights(const int32_t* words) { return split(load_int(words)); }
+    static inline Sum add(Sum sum, Both x, Both w) { return fma(x.high, w.high, fma(x.low, w.low, sum)); }
+#endif
+};
+struct Bytes {
+    static constexpr int PER_WORD = 4;
+    using Sum = VI;
+    static inline Sum none() { return set1_int(0); }
+    static inline void keep(float* at, Sum sum) { store(at, as_float(sum)); }
+    static inline VI spread(const int32_t* word) { return set1_int(*word); }
+    static inline VI weights(const int32_t* words) { return load_int(words); }
+    static inline Sum add(Sum sum, VI x, VI w) { return dot_bytes(sum, x, w); }
+};
+
+// A row of bfloat16 whose columns lie in runs of PANEL: one after the other in a tensor, GROUP * PANEL apart in a packed group.
+struct Runs {
+    bf16* data;
+    int64_t row_stride, run_stride;
+    bf16* at(int64_t row, int64_t column) const { return data + column / PANEL * run_stride + row * row_stride + column % PANEL; }
+};
+
+static inline int64_t pieces_of(int64_t words) { return (words + PIECE - 1) / PIECE; }
+
+// Row [K] of group x to unsigned bytes, value = (byte - zero) * scale. A row that is not finite gets a scale of NaN.
+static inline void quantise_row(const Runs& x, int64_t row, int64_t K, int32_t* to, float* scale, int32_t* zero_point) {
+    V low = zero(), high = zero(), poison = zero();
+    for (int64_t i = 0; i < K; i += W) {
+        const V v = load_row(x.at(row, i) - i, i, K);
+        low = min(v, low);
+        high = max(v, high);
+        poison = fma(v, zero(), poison);
+    }
+    const float below = largest(zero() - low), span = largest(high) + below;
+    const float bounded = span > 1e-30f ? span : 1e-30f, inverse = 255.0f / bounded;
+    const float offset = (below * inverse + 12582912.0f) - 12582912.0f;  // rounded to even
+    *scale = bounded / 255.0f + (sum(poison) + (bounded - bounded));
+    *zero_point = offset >= 0 && offset <= 255 ? int32_t(offset) : 0;
+    const V factor = set1(inverse), shift = set1(float(*zero_point));
+    for (int64_t i = 0; i < K; i += W) {
+        const V v = round_even(load_row(x.at(row, i) - i, i, K) * factor) + shift;
+        store_bytes((uint8_t*)(to + i / (4 * PIECE) * GROUP * PIECE) + i % (4 * PIECE), v);
+    }
+}
+
+// Row [K] as it is.
+static inline void copy_row(const Runs& x, int64_t row, int64_t K, int32_t* to) {
+    for (int64_t i = 0; i < K; i += 2 * W) {
+        store((float*)(to + i / (2 * PIECE) * GROUP * PIECE + i / 2 % PIECE), load_row((const float*)(x.at(row, i) - i), i / 2, K / 2));
+    }
+}
+
+// Sums of R rows of a packed group and two vectors of columns.
+template <class M, int R>
+static inline void tile(const int32_t* x, const int32_t* w, int64_t words, float* to) {
+    typename M::Sum sums[R][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = M::none();
+    for (; words > 0; words -= PIECE, x += GROUP * PIECE) {
+        const int64_t count = least(PIECE, words);
+        for (int64_t i = 0; i < count; ++i, w += PANEL) {
+            const auto w0 = M::weights(w), w1 = M::weights(w + W);
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r) {
+                const auto word = M::spread(x + r * PIECE + i);
+                sums[r][0] = M::add(sums[r][0], word, w0);
+                sums[r][1] = M::add(sums[r][1], word, w1);
+            }
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+        M::keep(to + r * PANEL, sums[r][0]);
+        M::keep(to + r * PANEL + W, sums[r][1]);
+    }
+}
+
+// Sums [rows, PANEL] of a packed group and a panel.
+template <class M>
+static inline void multiply_group(const int32_t* x, const int32_t* w, int64_t words, int64_t rows, float* to) {
+    if constexpr (2 * W == PANEL) {
+        switch ((rows + 1) / 2) {
+            case 1: return tile<M, 2>(x, w, words, to);
+            case 2: return tile<M, 4>(x, w, words, to);
+            case 3: return tile<M, 6>(x, w, words, to);
+            case 4: return tile<M, 8>(x, w, words, to);
+            case 5: return tile<M, 10>(x, w, words, to);
+            default: return tile<M, 12>(x, w, words, to);
+        }
+    } else {
+        for (int c = 0; c < PANEL; c += 2 * W) {
+            for (int r = 0; r < rows; r += 4) tile<M, 4>(x + r * PIECE, w + c, words, to + r * PANEL + c);
+        }
+    }
+}
