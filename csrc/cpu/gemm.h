@@ -30,12 +30,12 @@ struct Halves {
 };
 struct Bytes {
     static constexpr int PER_WORD = 4;
-    using Sum = VI;
-    static inline Sum none() { return set1_int(0); }
-    static inline void keep(float* at, Sum sum) { store(at, as_float(sum)); }
+    using Sum = V;  // the bits of whole numbers: gcc 12 keeps arrays of integer vectors in memory
+    static inline Sum none() { return zero(); }
+    static inline void keep(float* at, Sum sum) { store(at, sum); }
     static inline VI spread(const int32_t* word) { return set1_int(*word); }
     static inline VI weights(const int32_t* words) { return load_int(words); }
-    static inline Sum add(Sum sum, VI x, VI w) { return dot_bytes(sum, x, w); }
+    static inline Sum add(Sum sum, VI x, VI w) { return as_float(dot_bytes(as_int(sum), x, w)); }
 };
 
 // A row of bfloat16 whose columns lie in runs of PANEL: one after the other in a tensor, GROUP * PANEL apart in a packed group.
@@ -61,10 +61,10 @@ static inline void quantise_row(const Runs& x, int64_t row, int64_t K, int32_t* 
     const float offset = (below * inverse + 12582912.0f) - 12582912.0f;  // rounded to even
     *scale = bounded / 255.0f + (sum(poison) + (bounded - bounded));
     *zero_point = offset >= 0 && offset <= 255 ? int32_t(offset) : 0;
-    const V factor = set1(inverse), shift = set1(float(*zero_point));
+    const V factor = set1(inverse);
     for (int64_t i = 0; i < K; i += W) {
-        const V v = round_even(load_row(x.at(row, i) - i, i, K) * factor) + shift;
-        store_bytes((uint8_t*)(to + i / (4 * PIECE) * GROUP * PIECE) + i % (4 * PIECE), v);
+        uint8_t* at = (uint8_t*)(to + i / (4 * PIECE) * GROUP * PIECE) + i % (4 * PIECE);
+        store_bytes(at, load_row(x.at(row, i) - i, i, K) * factor, *zero_point);
     }
 }
 
@@ -75,9 +75,9 @@ static inline void copy_row(const Runs& x, int64_t row, int64_t K, int32_t* to) 
     }
 }
 
-// Sums of R rows of a packed group and two vectors of columns.
+// Sums of R rows of a packed group and two vectors of columns. Not inlined: the registers are all its own.
 template <class M, int R>
-static inline void tile(const int32_t* x, const int32_t* w, int64_t words, float* to) {
+__attribute__((noinline)) static void tile(const int32_t* x, const int32_t* w, int64_t words, float* to) {
     typename M::Sum sums[R][2];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = M::none();

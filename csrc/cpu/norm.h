@@ -11,15 +11,19 @@ static inline float row_sum(const float* row, int64_t D) {
     return sum(a + b);
 }
 
-static inline float row_sum_squares(const float* row, int64_t D) {
+// The sum of squares of row - mean, which then stands in row.
+static inline float squares_around(float* row, int64_t D, V mean) {
     V a = zero(), b = zero();
     int64_t i = 0;
     for (; i + 2 * W <= D; i += 2 * W) {
-        const V x = load(row + i), y = load(row + i + W);
+        const V x = load(row + i) - mean, y = load(row + i + W) - mean;
+        store(row + i, x);
+        store(row + i + W, y);
         a = fma(x, x, a);
         b = fma(y, y, b);
     }
     for (; i < D; i += W) {
+        store_row(row, i, D, load_row(row, i, D) - mean);
         const V x = load_row(row, i, D);
         a = fma(x, x, a);
     }
@@ -29,11 +33,8 @@ static inline float row_sum_squares(const float* row, int64_t D) {
 // The norm of row [D], in place and in float32; a `round_first` norm rounds to T before its weight.
 template <class T>
 static inline void normalise(float* row, int64_t D, const NormParams& norm) {
-    if (norm.layer) {
-        const V mean = set1(row_sum(row, D) / float(D));
-        for (int64_t i = 0; i < D; i += W) store_row(row, i, D, load_row(row, i, D) - mean);
-    }
-    const V factor = set1(1.0f / __builtin_sqrtf(row_sum_squares(row, D) / float(D) + norm.eps));
+    const float squares = squares_around(row, D, set1(norm.layer ? row_sum(row, D) / float(D) : 0.0f));
+    const V factor = set1(1.0f / __builtin_sqrtf(squares / float(D) + norm.eps));
     for (int64_t i = 0; i < D; i += W) {
         V y = load_row(row, i, D) * factor;
         if (norm.round_first) y = round_to<T>(y);
@@ -61,7 +62,7 @@ template <class T>
 static inline void write_row(float* row, int64_t D, int64_t t, const RowsOut& out) {
     if (out.quant == Quant::none) {
         T* y = (T*)out.values + t * D;
-        for (int64_t i = 0; i < D; i += W) store_row(y, i, D, round_to<T>(load_row(row, i, D)));
+        for (int64_t i = 0; i < D; i += W) store_rounded(y, i, D, load_row(row, i, D));
         return;
     }
     V top = zero(), poison = zero();  // max() drops NaN: a row that is not finite must not look finite in eight bits

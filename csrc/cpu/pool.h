@@ -54,7 +54,7 @@ static void pool_texts(const PoolParams& p) {
         if (p.mode == Pool::weightedmean) divisor = count * (double(first - start + 1) + double(end - start)) / 2.0;
         for (int64_t i = 0; i < p.dim; i += W) store_row(out, i, p.dim, load_row(out, i, p.dim) / set1(float(divisor)));
         if (!p.normalize) continue;
-        const float length = __builtin_sqrtf(row_sum_squares(out, p.dim));
+        const float length = __builtin_sqrtf(squares_around(out, p.dim, zero()));
         for (int64_t i = 0; i < p.dim; i += W) {
             store_row(out, i, p.dim, load_row(out, i, p.dim) / set1(length < 1e-12f ? 1e-12f : length));
         }

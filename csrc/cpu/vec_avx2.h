@@ -76,8 +76,8 @@ static inline V to_float(VI v) { return _mm256_cvtepi32_ps(v); }
 static inline VI lower_half_up(VI v) { return _mm256_slli_epi32(v, 16); }
 static inline VI upper_half(VI v) { return _mm256_and_si256(v, _mm256_set1_epi32(int(0xffff0000))); }
 static inline VI minus_product(VI a, int32_t x, VI y) { return _mm256_sub_epi32(a, _mm256_mullo_epi32(_mm256_set1_epi32(x), y)); }
-static inline void store_bytes(uint8_t* p, V v) {
-    const __m256i words = _mm256_cvtps_epi32(v);  // NaN and what is too large: the least number
+static inline void store_bytes(uint8_t* p, V v, int32_t shift) {
+    const __m256i words = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(shift));
     const __m128i shorts = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(shorts, shorts));
 }

@@ -43,12 +43,16 @@ static inline V swap_pairs(V a) { return _mm512_permute_ps(a, 0xb1); }
 static inline float sum(V v) { return _mm512_reduce_add_ps(v); }
 static inline float largest(V v) { return _mm512_reduce_max_ps(v); }
 
+#ifdef PYEMBED_PAIRS
+static inline V round_bf16(V v) { return widen((__m256i)_mm512_cvtneps_pbh(v)); }  // numbers below 2^-126 become 0
+#else
 static inline V round_bf16(V v) {
     const VI bits = _mm512_castps_si512(v);
     const VI even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const VI up = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
     return if_nan(v, set1(__builtin_nanf("")), _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(int(0xffff0000)))));
 }
+#endif
 static inline __m256i narrow(V v) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16)); }
 static inline void store(bf16* p, V v) { _mm256_storeu_si256((__m256i*)p, narrow(v)); }
 static inline void store_n(bf16* p, V v, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow(v)); }
@@ -61,9 +65,9 @@ static inline V to_float(VI v) { return _mm512_cvtepi32_ps(v); }
 static inline VI lower_half_up(VI v) { return _mm512_slli_epi32(v, 16); }
 static inline VI upper_half(VI v) { return _mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000))); }
 static inline VI minus_product(VI a, int32_t x, VI y) { return _mm512_sub_epi32(a, _mm512_mullo_epi32(_mm512_set1_epi32(x), y)); }
-static inline void store_bytes(uint8_t* p, V v) {
-    const VI words = _mm512_max_epi32(_mm512_cvtps_epi32(v), _mm512_setzero_si512());
-    _mm_storeu_si128((__m128i*)p, _mm512_cvtusepi32_epi8(words));
+static inline void store_bytes(uint8_t* p, V v, int32_t shift) {
+    const VI words = _mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(shift));
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtusepi32_epi8(_mm512_max_epi32(words, _mm512_setzero_si512())));
 }
 #ifdef PYEMBED_VNNI
 static inline VI dot_bytes(VI sum, VI x, VI w) { return _mm512_dpbusd_epi32(sum, x, w); }

@@ -83,9 +83,9 @@ static inline V to_float(VI v) { return __builtin_convertvector(v, V); }
 static inline VI lower_half_up(VI v) { return v << 16; }
 static inline VI upper_half(VI v) { return v & int32_t(0xffff0000); }
 static inline VI minus_product(VI a, int32_t x, VI y) { return a - x * y; }
-// Whole numbers, brought into [0, 255].
-static inline void store_bytes(uint8_t* p, V v) {
-    const V inside = min(max(v, zero()), set1(255.0f));
+// v, rounded to even, + shift, brought into [0, 255]; NaN is anything.
+static inline void store_bytes(uint8_t* p, V v, int32_t shift) {
+    const V inside = min(max(round_even(v) + set1(float(shift)), zero()), set1(255.0f));
     for (int i = 0; i < W; ++i) p[i] = uint8_t(inside[i]);
 }
 // sum + the four products of unsigned bytes of x and signed bytes of w in each word.
