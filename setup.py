@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 # for tests/test_sanitizers.py: reads and writes out of bounds and undefined behaviour end the process
 SANITIZE = []
 if os.environ.get("PYEMBED_SANITIZE") == "1":
-    SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"]
+    SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=null,vptr,object-size", "-fno-sanitize-recover=all", "-O1", "-g1"]
 
 CPU = Pybind11Extension(
     "pyembed._cpu",
@@ -24,7 +24,13 @@ CPU = Pybind11Extension(
     depends=glob("csrc/**/*.h", recursive=True),
     cxx_std=17,
     # without contraction a * b + c rounds as it is written; where a fused product is meant, the source says fma
-    extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-Wno-maybe-uninitialized", *SANITIZE],  # gcc 12 warns about its own headers
+    extra_compile_args=[
+        "-O3",
+        "-fopenmp",
+        "-ffp-contract=off",
+        "-Wno-maybe-uninitialized",
+        *SANITIZE,
+    ],  # gcc 12 warns about its own headers
     extra_link_args=["-fopenmp", *SANITIZE],
 )
 
@@ -32,9 +38,12 @@ CPU = Pybind11Extension(
 class BuildNative(build_ext):
     """Compiles the files of an extension side by side, and survives without a compiler."""
 
-    def build_extension(self, ext):
-        if SANITIZE and self.inplace:
+    def run(self):
+        if SANITIZE and (self.inplace or self.editable_mode):
             raise SystemExit("PYEMBED_SANITIZE=1 does not replace the extension in place: python setup.py build_ext --build-lib DIRECTORY")
+        super().run()
+
+    def build_extension(self, ext):
         compile_one_by_one = self.compiler.compile
 
         def compile_together(sources, **options):

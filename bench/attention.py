@@ -2,8 +2,9 @@
 
     python bench/attention.py [--rounds 9] [--threads 2] [--dtype bfloat16] [-o FILE.json]
 
-Ours and torch's take turns within a round, each for at least 10 ms; medians. torch gets its tensors as contiguous as a model has them, ours the
-slices of one projection. FLOPs are 4 * S * S * H * K a text, half of it where a mask is causal; the GEMM is measured in the same rounds.
+Ours and torch's take turns within a round, each for at least 10 ms; medians. torch gets its tensors as contiguous as a model has them,
+ours the slices of one projection. FLOPs are 4 * S * S * H * K a text, half of it where a mask is causal; the GEMM is measured in the same
+rounds.
 """
 
 from __future__ import annotations
@@ -103,7 +104,10 @@ def main() -> None:
         flops = {"sdpa": 2 * length**2 * 16 * 128, "ours": 2 * length**2 * 16 * 128, "gemm": 2 * 2048 * 1024 * 4096}
         rates = {name: flops[name] / median(each) * 1e-9 for name, each in seconds.items()}
         result["long"].append({"length": length, "gflops": rates, "seconds": seconds})
-        print(f"16 heads of 8, head_dim 128, causal, {length} tokens: " + ", ".join(f"{n} {r:.0f} GFLOP/s" for n, r in rates.items()), flush=True)
+        print(
+            f"16 heads of 8, head_dim 128, causal, {length} tokens: " + ", ".join(f"{n} {r:.0f} GFLOP/s" for n, r in rates.items()),
+            flush=True,
+        )
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -38,7 +38,9 @@ def norm_of_sum(ops: Any, x: Tensor) -> Tensor:
 
 def embed(ops: Any, x: Tensor) -> Tensor:
     ids = torch.arange(len(x)) * 7 % 50
-    return ops.embed(ids, normal(50, WIDTH, dtype=x.dtype), positions=ids, position_table=normal(50, WIDTH, dtype=x.dtype, seed=3), norm=NORM)
+    return ops.embed(
+        ids, normal(50, WIDTH, dtype=x.dtype), positions=ids, position_table=normal(50, WIDTH, dtype=x.dtype, seed=3), norm=NORM
+    )
 
 
 def rope(ops: Any, x: Tensor) -> Tensor:
@@ -100,9 +102,8 @@ def test_all_queries_of_a_long_text_are_the_last_ones(dtype: torch.dtype, length
     q, k, v = (hostile(normal(length, heads, 20, dtype=dtype, seed=heads)) for heads in (6, 2, 2))
     cu, few = offsets([length]), min(length, 17)
     for at in {0, max(0, length // 2 - 10), length - few}:
-        last = cpu.attention(
-            q[at : at + few], k, v, offsets([few]), cu, cpu.schedule([few]), q_start=torch.tensor([at], dtype=torch.int32), scale=0.3, **mask
-        )  # fmt: skip
+        starts = torch.tensor([at], dtype=torch.int32)
+        last = cpu.attention(q[at : at + few], k, v, offsets([few]), cu, cpu.schedule([few]), q_start=starts, scale=0.3, **mask)
         for threads in (1, 3):
             whole = in_a_fresh_thread(threads, lambda: cpu.attention(q, k, v, cu, cu, cpu.schedule([length]), scale=0.3, **mask))
             assert torch.equal(whole[at : at + few], last)
