@@ -47,15 +47,14 @@ def missing() -> str | None:
     return None if library("libasan.so") else "the compiler has no libasan"
 
 
-pytestmark = pytest.mark.skipif(
-    missing() is not None and os.environ.get("PYEMBED_REQUIRE_NATIVE") != "1", reason=f"no sanitizers: {missing()}"
-)
+MISSING = missing()
+pytestmark = pytest.mark.skipif(MISSING is not None and os.environ.get("PYEMBED_REQUIRE_NATIVE") != "1", reason=f"no sanitizers: {MISSING}")
 
 
 @pytest.fixture(scope="module")
 def extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sanitized build, in a directory of its own."""
-    assert missing() is None, f"PYEMBED_REQUIRE_NATIVE=1, but {missing()}"
+    assert MISSING is None, f"PYEMBED_REQUIRE_NATIVE=1, but {MISSING}"
     to = tmp_path_factory.mktemp("sanitized")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(to), "--build-temp", str(to / "objects")]
     env = {**os.environ, "PYEMBED_SANITIZE": "1", "PYEMBED_REQUIRE_NATIVE": "1"}
