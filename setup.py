@@ -13,19 +13,35 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
+# for tests/test_sanitizers.py: reads and writes out of bounds and undefined behaviour end the process
+SANITIZE = []
+if os.environ.get("PYEMBED_SANITIZE") == "1":
+    SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=null,vptr,object-size", "-fno-sanitize-recover=all", "-O1", "-g1"]
+
 CPU = Pybind11Extension(
     "pyembed._cpu",
     [f"csrc/cpu/{name}.cpp" for name in ("bindings", "isa_generic", "isa_avx2", "isa_avx512", "isa_avx512_vnni", "isa_avx512_bf16")],
     depends=glob("csrc/**/*.h", recursive=True),
     cxx_std=17,
     # without contraction a * b + c rounds as it is written; where a fused product is meant, the source says fma
-    extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-Wno-maybe-uninitialized"],  # gcc 12 warns about its own headers
-    extra_link_args=["-fopenmp"],
+    extra_compile_args=[
+        "-O3",
+        "-fopenmp",
+        "-ffp-contract=off",
+        "-Wno-maybe-uninitialized",
+        *SANITIZE,
+    ],  # gcc 12 warns about its own headers
+    extra_link_args=["-fopenmp", *SANITIZE],
 )
 
 
 class BuildNative(build_ext):
     """Compiles the files of an extension side by side, and survives without a compiler."""
+
+    def run(self):
+        if SANITIZE and (self.inplace or self.editable_mode):
+            raise SystemExit("PYEMBED_SANITIZE=1 does not replace the extension in place: python setup.py build_ext --build-lib DIRECTORY")
+        super().run()
 
     def build_extension(self, ext):
         compile_one_by_one = self.compiler.compile

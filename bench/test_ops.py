@@ -28,7 +28,7 @@ def test_linear(benchmark, kind, inside, outside, rows, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("length", [32, 128, 512])
+@pytest.mark.parametrize("length", [32, 128, 512, 1024])
 @pytest.mark.parametrize("width", [32, 64, 128])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("kind", ["ours", "sdpa"])

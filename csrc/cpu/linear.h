@@ -110,6 +110,7 @@ static inline void layer(const Matrix& m, const Runs& x, int64_t x_group, int64_
 
 static void linear(const LinearParams& p) {
     ran(ISA);
+    if (p.T == 0) return;
     const bool pair = p.second.words != nullptr;
     const int64_t groups = (p.T + GROUP - 1) / GROUP, most_groups = (pair ? PAIR_BLOCK : BLOCK) / GROUP;
     const int64_t together = most(1, least(most_groups, groups / (p.threads * 8)));

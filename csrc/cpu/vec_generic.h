@@ -1,7 +1,8 @@
 // Four floats by the compiler's own vector type: SSE2, NEON or whatever the baseline has.
 //
 // Every vec_*.h defines the same names. `max` and `min` return b where either is NaN; `if_less` is false there. load_n and store_n
-// touch the first n < W elements only, and the other lanes read as zero.
+// touch the first n < W elements only, and the other lanes read as zero. ldexp is a * 2^n for a normal result; ldexp_or_zero also takes a
+// smaller n, down to -200, where the result is 0, or may be a denormal number above 2^-150.
 
 constexpr int W = 4;     // lanes
 constexpr int QMAX = 2;  // vectors of queries that attention holds in registers at once
@@ -46,6 +47,7 @@ static inline V round_even(V a) {  // |a| < 2^22
     return (a + magic) - magic;
 }
 static inline V ldexp(V a, V n) { return (V)((VI)a + (__builtin_convertvector(n, VI) << 23)); }
+static inline V ldexp_or_zero(V a, V n) { return if_less(n, set1(-126.0f), zero(), ldexp(a, n)); }
 static inline V gather(const float* table, V index) {
     const VI i = __builtin_convertvector(index, VI);
     return V{table[i[0]], table[i[1]], table[i[2]], table[i[3]]};
