@@ -247,7 +247,9 @@ def test_a_tokenizer_that_does_not_know_the_probe_reads_words_of_its_own(minilm:
 
 
 @pytest.mark.parametrize("name", FAMILY_CASES)
-def test_families(name: str, checkpoint: Callable[[str], Path], tmp_path: Path, backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_families(
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path, backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.set_num_threads(1)
     projected = checkpoints.PROJECTED.get(name)
     model = checkpoint(name) if projected is None else checkpoints.save(projected, tmp_path)
@@ -263,19 +265,22 @@ def test_families(name: str, checkpoint: Callable[[str], Path], tmp_path: Path, 
     assert distance(model, "int8") >= 6 * lost
 
 
-def symmetric(weight: Tensor, bias: Tensor | None) -> Affine:
-    """A layer whose activations are quantised with one bit less on the side that they do not reach."""
+class Symmetric(Int8):
+    """A layer whose activations are quantised with a zero in the middle."""
+
+    @property
+    def fuses(self) -> frozenset[str]:
+        return frozenset()
+
+    def apply(self, x: Tensor, *, act: str | None = None) -> Tensor:
+        largest = x.float().abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+        y = ((x.float() / largest).round() * largest) @ (self.values * self.scale[:, None]).T
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+def symmetric(weight: Tensor, bias: Tensor | None) -> Int8:
     made = int8.int8(weight, bias)
-
-    class Symmetric:
-        fuses: frozenset[str] = frozenset()
-
-        def apply(self, x: Tensor, *, act: str | None = None) -> Tensor:
-            largest = x.float().abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
-            y = ((x.float() / largest).round() * largest) @ (made.values * made.scale[:, None]).T
-            return (y if made.bias is None else y + made.bias).to(x.dtype)
-
-    return Symmetric()
+    return Symmetric(made.values, made.scale, made.sums, made.bias)
 
 
 def test_minilm(minilm: Path, docstrings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +293,8 @@ def test_minilm(minilm: Path, docstrings: list[str], monkeypatch: pytest.MonkeyP
     assert cosines.min() >= 0.996
     monkeypatch.setattr(quantising, "int8", symmetric)
     monkeypatch.setattr(quantising, "LIMIT", math.inf)
-    assert (Encoder(minilm, device="cpu", dtype="int8").encode(texts) * right).sum(1).mean() <= 0.9982
+    wrong = Encoder(minilm, device="cpu", dtype="int8", backend="reference").encode(texts[::4])
+    assert (wrong * right[::4]).sum(1).mean() <= 0.9982
 
 
 def test_the_dtype_says_int8_and_activations_are_bfloat16(checkpoint: Callable[[str], Path]) -> None:
@@ -296,7 +302,8 @@ def test_the_dtype_says_int8_and_activations_are_bfloat16(checkpoint: Callable[[
     assert encoder.dtype == torch.int8
     assert encoder.encode("w5 w6", output_value="token_embeddings").dtype == torch.bfloat16
     assert encoder.encode("w5 w6").dtype == np.float32
-    layer = encoder._loaded.weights.layers[0]
+    plain = Encoder(checkpoint("qwen3"), device="cpu", dtype="int8", backend="reference")
+    layer = plain._loaded.weights.layers[0]
     for each in (*layer.qkv, layer.out, layer.up, layer.down):
         assert isinstance(each, Int8)
     assert encoder._loaded.weights.tokens.dtype == torch.bfloat16
@@ -384,7 +391,7 @@ def test_loading_never_holds_the_model_in_bfloat16(tmp_path: Path) -> None:
     count = sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())
     run = subprocess.run([sys.executable, "-c", MEASURE, str(model)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert count <= int(run.stdout) <= 1.4 * count, f"{int(run.stdout) / count:.3f} bytes a weight; bfloat16 has 2"
+    assert count <= int(run.stdout) <= 1.75 * count, f"{int(run.stdout) / count:.3f} bytes a weight; bfloat16 has 2"
 
 
 def test_ordinary_loading_makes_the_same_layers_as_before(checkpoint: Callable[[str], Path]) -> None:
@@ -393,7 +400,7 @@ def test_ordinary_loading_makes_the_same_layers_as_before(checkpoint: Callable[[
     spec, stack = encoder.spec, encoder._stack
     readers: list[quantising.Read] = []
 
-    def kept(read: quantising.Read) -> Affine:
+    def kept(read: quantising.Read, gated: bool) -> Affine:
         readers.append(read)
         return linear(*read())
 
