@@ -103,11 +103,11 @@ def load(
     given = (stack.weights, spec.model, names, dense, device)
     kernels = kernels_of(device, dtype, backend)
     with torch.inference_mode():
-        if dtype == torch.int8:
-            tensors = weights.load(*given, torch.bfloat16, stack.task(adapter), partial(quantising.Trial, kernels))
+        if probe is not None:
+            make = partial(quantising.Trial, kernels, sum(map(len, probe)))
+            tensors = weights.load(*given, torch.bfloat16, stack.task(adapter), make)
         else:
-            make = lambda read, gated: kernels.linear(*read(), gated=gated)  # noqa: E731
-            tensors = weights.load(*given, dtype, stack.task(adapter), make)
+            tensors = weights.load(*given, dtype, stack.task(adapter), lambda read, gated: kernels.linear(*read(), gated=gated))
     loaded = Loaded(spec, tensors, kernels, device, dtype, adapter)
     if probe is not None:
         with device_of(loaded):

@@ -18,7 +18,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyembed.batch import ROW_MULTIPLE, pack
+from pyembed.batch import pack
 from pyembed.blocks import Layer, PerLayer
 from pyembed.int8 import int8
 from pyembed.linear import Affine, Read
@@ -39,13 +39,11 @@ MOST_TOKENS = 128
 
 
 def probe(tokenizer: Tokenizer, vocab_size: int) -> list[np.ndarray]:
-    """The ids of the probe's texts, [length] int32 each, in all a multiple of ROW_MULTIPLE, so that a batch of them has no spare rows."""
+    """The ids of the probe's texts, [length] int32 each."""
     ids = tokenizer.encode(TEXTS, MOST_TOKENS // len(TEXTS)).ids
     if len(np.unique(np.concatenate(ids))) < DISTINCT:
         drawn = np.random.default_rng(0).integers(0, min(tokenizer.vocab_size, vocab_size), (len(TEXTS), 16))
         ids = [np.array([*tokenizer.prefix, *own, *tokenizer.suffix], dtype=np.int32) for own in drawn]
-    beyond = sum(map(len, ids)) % ROW_MULTIPLE
-    ids[-1] = ids[-1][: len(ids[-1]) - beyond]
     return ids
 
 
@@ -54,6 +52,7 @@ class Trial:
     """A linear layer before it is known how it will run. `apply` reads its weight, decides, and gives the output in bfloat16."""
 
     ops: Ops
+    tokens: int  # of the probe: the first rows, which count
     read: Read
     gated: bool
     made: Affine | None = None
@@ -64,12 +63,12 @@ class Trial:
         return frozenset()
 
     def apply(self, x: Tensor, *, act: str | None = None) -> Tensor:
-        """x [rows, in_features] bfloat16 to [rows, out_features]; every row counts."""
+        """x [rows, in_features] bfloat16 to [rows, out_features]."""
         assert act is None, act
         weight, bias = self.read()
         quantised = int8(weight, bias)
         right = F.linear(x, weight, bias)
-        self.error = error(quantised.apply(x.float()), right.float())
+        self.error = error(quantised.apply(x)[: self.tokens].float(), right[: self.tokens].float())
         good = self.error <= LIMIT
         self.made = self.ops.int8(quantised, gated=self.gated) if good else self.ops.linear(weight, bias, gated=self.gated)
         return right

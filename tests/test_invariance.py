@@ -38,7 +38,7 @@ def texts_and_make(
     return texts, make
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_alone_in_any_batch_in_any_order(texts_and_make: tuple[list[str], Make], dtype: str) -> None:
     texts, make = texts_and_make
     torch.set_num_threads(1)
@@ -57,7 +57,7 @@ def test_alone_in_any_batch_in_any_order(texts_and_make: tuple[list[str], Make],
         assert (make(dtype=dtype, tokens_per_batch=budget).encode(texts) == alone).all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_any_number_of_threads(texts_and_make: tuple[list[str], Make], dtype: str, backend: str | None) -> None:
     if backend == "reference":
         pytest.skip("PyTorch's own gelu and exp round an element by its place in a thread's share; the promise is the kernels'")
@@ -74,7 +74,7 @@ def test_any_number_of_threads(texts_and_make: tuple[list[str], Make], dtype: st
         assert (some == seen[0][:4]).all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_token_states_too(texts_and_make: tuple[list[str], Make], dtype: str) -> None:
     texts, make = texts_and_make
     torch.set_num_threads(1)
@@ -83,7 +83,7 @@ def test_token_states_too(texts_and_make: tuple[list[str], Make], dtype: str) ->
         assert torch.equal(state, encoder.encode(text, output_value="token_embeddings"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_rows_of_nobody_reach_no_output(texts_and_make: tuple[list[str], Make], dtype: str) -> None:
     """NaN in the rows that pad a batch, from the embedding on, changes no bit."""
     texts, make = texts_and_make

@@ -88,7 +88,7 @@ def native() -> bool:
 def linear(weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Affine:
     """The layer of a weight [O, I], on which it keeps no hold: in panels where these are faster, else the library's."""
     if weight.dtype != torch.bfloat16 or weight.shape[1] % 2 or not native():
-        return by_library(weight, bias)
+        return by_library(weight, bias, gated=gated)
     return in_panels(weight, None, None, bias, gated)
 
 

@@ -1,0 +1,115 @@
+"""What a dtype costs in quality: vectors beside the same model's in float32, on real texts.
+
+    python bench/quality.py MODEL CORPUS.jsonl [--texts 2000] [--dtypes bfloat16 int8] [--threads 2] [-o bench/results/NAME.json]
+
+Cosines of each text's two vectors, and top-10 agreement: of the ten texts nearest to a text in float32, the share that is also among its
+ten nearest in the dtype. For int8 also the error of each linear layer on the probe (pyembed/quantising.py), which layers stayed bfloat16,
+and how often the plain PyTorch product was called: 0 where kernels multiply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from minilm import cpu_name
+
+import pyembed
+from pyembed import int8, quantising
+
+NEAREST = 10
+PERCENTILES = (1, 5, 50)
+LOADS = 5  # of each dtype, in turns
+
+
+def nearest(vectors: np.ndarray) -> np.ndarray:
+    """The NEAREST others of each text by cosine, [N, NEAREST]."""
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    scores = unit @ unit.T
+    np.fill_diagonal(scores, -np.inf)
+    return np.argpartition(-scores, NEAREST, axis=1)[:, :NEAREST]
+
+
+def compared(vectors: np.ndarray, right: np.ndarray) -> dict[str, float]:
+    """Distribution of the cosines of rows, and top-10 agreement."""
+    a, b = vectors.astype(np.float64), right.astype(np.float64)
+    cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    agreement = [len(np.intersect1d(ours, theirs)) / NEAREST for ours, theirs in zip(nearest(a), nearest(b), strict=True)]
+    found = {"mean": cosines.mean(), "least": cosines.min()} | {f"p{n}": np.percentile(cosines, n) for n in PERCENTILES}
+    return {name: round(float(value), 6) for name, value in (found | {"top 10": np.mean(agreement)}).items()}
+
+
+def measured(model: str, dtype: str, texts: list[str], right: np.ndarray) -> dict[str, Any]:
+    """A dtype's row of the table."""
+    calls, product = 0, int8.exact_product
+
+    def counted(*tensors: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return product(*tensors)
+
+    encoder = pyembed.Encoder(model, device="cpu", dtype=dtype)
+    int8.exact_product = counted
+    try:
+        found: dict[str, Any] = {"cosines": compared(encoder.encode(texts), right)}
+    finally:
+        int8.exact_product = product
+    if dtype == "int8":
+        errors = encoder._engine.errors
+        found |= {"plain_products": calls, "in_bfloat16": quantising.stayed(errors)}
+        found["errors"] = {name: round(error, 4) for name, error in errors.items()}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="directory or hub id")
+    parser.add_argument("corpus", help="JSONL with a text field (bench/docstrings.py writes one)")
+    parser.add_argument("--texts", type=int, default=2000)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "int8"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("-o", "--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with open(options.corpus, encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in file]
+    texts = random.Random(0).sample(texts, options.texts)
+    encoder = pyembed.Encoder(options.model, device="cpu", dtype="float32")
+    right = encoder.encode(texts)
+    rows = {dtype: measured(options.model, dtype, texts, right) for dtype in options.dtypes}
+    loads: dict[str, list[float]] = {dtype: [] for dtype in options.dtypes}
+    for dtype in options.dtypes * LOADS:
+        start = time.perf_counter()
+        pyembed.Encoder(options.model, device="cpu", dtype=dtype)
+        loads[dtype].append(round(time.perf_counter() - start, 3))
+    for dtype, row in rows.items():
+        print(f"{dtype:10} " + "  ".join(f"{name} {value:.5f}" for name, value in row["cosines"].items()))
+    if options.output:
+        record = {
+            "command": f"python bench/quality.py MODEL CORPUS --texts {options.texts} --dtypes {' '.join(options.dtypes)}",
+            "date": datetime.date.today().isoformat(),
+            "machine": {"cpu": cpu_name(), "threads": options.threads, "isa": torch.backends.cpu.get_cpu_capability()},
+            "versions": {"pyembed": pyembed.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "model": {
+                "family": encoder.spec.model.family,
+                "layers": encoder.spec.model.num_layers,
+                "width": encoder.spec.model.hidden_size,
+            },
+            "limit": quantising.LIMIT,
+            "dtypes": rows,
+            "load_seconds": loads,
+        }
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
