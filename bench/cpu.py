@@ -30,7 +30,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import charts
 import contest
 import placement
 import shares
@@ -119,6 +118,8 @@ def main() -> None:
         record = about(options.threads) | {"parts": {name: part}}
         show(name, part)
     if options.output:
+        import charts
+
         write(record, options.output)
         charts.plot(record, options.output.with_suffix(".png"))
     sys.exit(1 if any(part["refused"] for part in record["parts"].values()) else 0)

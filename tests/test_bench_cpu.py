@@ -197,9 +197,9 @@ def test_what_is_refused_is_said(tiny: pyembed.Encoder, monkeypatch: pytest.Monk
     assert "A peer: no_such_package not installed" in notes.left_out[-1]
 
 
-def test_contestants_are_timed_and_drawn(tiny: pyembed.Encoder, tmp_path: Path) -> None:
+def test_contestants_are_timed_and_recorded(tiny: pyembed.Encoder, tmp_path: Path) -> None:
     from contest import Run, compared, compete, entries_of
-    from measure import Notes, about, write
+    from measure import about, write
 
     texts = [f"some text, number {n}" for n in range(12)]
     run = Run("", texts, 1, 2, None)
@@ -214,20 +214,45 @@ def test_contestants_are_timed_and_drawn(tiny: pyembed.Encoder, tmp_path: Path) 
     assert np.array_equal(done.results["pyembed bfloat16"], tiny.encode(texts))
     assert compared(record, "row", "pyembed bfloat16", "absent", 2) == []
     assert len(compared(record, "row", "pyembed bfloat16", "other", 2)) == 1
-    with pytest.raises(RuntimeError, match="1 repeated texts"):
-        compete(run, entries, [*texts, texts[0]], tiny, 1)
+    with pytest.raises(RuntimeError, match="2 repeated texts"):
+        compete(run, entries, [*texts, texts[0]], tiny, 1)  # in two cases
 
-    part = {"model": "tiny", **record, "cosines_before_timing": {}, **vars(Notes())}
-    whole = about(1) | {"parts": {"minilm": part}}
+    whole = about(1) | {"parts": {"minilm": record}}
     write(whole, tmp_path / "record.json")
     assert json.loads((tmp_path / "record.json").read_text()) == json.loads(json.dumps(whole))
     with pytest.raises(ValueError, match="path of this machine"):
         write({"command": f"python {Path.home()}/x"}, tmp_path / "other.json")
-    pytest.importorskip("matplotlib").use("Agg")
-    import charts
 
-    charts.plot(whole, tmp_path / "record.png")
-    assert (tmp_path / "record.png").stat().st_size > 5000
+
+def test_every_part_has_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    import charts
+    import cpu
+
+    times = {"median": 2.0, "p50": 2.0, "p90": 3.0, "tokens_per_second": 70.0}
+    results = dict.fromkeys(("pyembed bfloat16", "pyembed bfloat16, again", "pyembed int8", "sentence-transformers float32"), times)
+    raced = {
+        "model": "a: b",
+        "texts": 3,
+        "results": results,
+        "cosines_before_timing": {"pyembed int8": {"min": 0.99}},
+        "gemm_ceiling": {"bfloat16": [160.0]},
+        "gemm_flops_a_token": 2,
+    }
+    memory = [{"tokens": n, "loaded": 1.0, "peak": 2.0 * n} for n in (1, 2, 4)]
+    budgets = {f"{n} tokens, {way}": times for n in (512, 1024) for way in ("2 threads in a batch", "one batch a thread")}
+    parts = {
+        "minilm": raced,
+        "qwen": raced,
+        "latency": {"tokens": 10, "models": {"a": {"results": results}, "b": {"results": results}}},
+        "long": {"results": results, "memory_mb": {"bfloat16": memory}},
+        "profile": {"cases": {"a": {"shares": {"GEMM": 0.6, "ops.other": 0.4}}}},
+        "threads": {"cases": {"a": {"results": budgets | {"512 tokens, 2 threads in a batch, again": times}}}},
+    }
+    assert set(parts) == set(cpu.PARTS)
+    record = {"machine": {"cpu": "a CPU", "threads": 2}, "date": "2026-11-21", "parts": parts}
+    charts.plot(record, tmp_path / "record.png")
+    assert (tmp_path / "record.png").stat().st_size > 20_000
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
