@@ -26,7 +26,7 @@ def bars(
 ) -> None:
     """A bar a name, the first one on top, its value beside it."""
     names, most = list(values), max([*values.values(), *(whiskers or {}).values()])
-    at = np.arange(len(names))[::-1]
+    at, bbox = np.arange(len(names))[::-1], {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     axes.barh(at, list(values.values()), color=[colour(name) for name in names], height=0.72)
     for y, name in zip(at, names, strict=True):
         end = values[name]
@@ -34,7 +34,9 @@ def bars(
             end = max(end, whiskers[name])
             axes.plot([values[name], whiskers[name]], [y, y], color="#30363d", linewidth=1.2)
         shown = f"{values[name]:,.0f}" if values[name] >= 100 else f"{values[name]:,.2f}"
-        axes.text(end + most * 0.01, y, shown + (f"   {notes[name]}" if notes and name in notes else ""), va="center", fontsize=8)
+        axes.text(
+            end + most * 0.01, y, shown + (f"   {notes[name]}" if notes and name in notes else ""), va="center", fontsize=8, bbox=bbox
+        )
     axes.set_yticks(at, names, fontsize=8)
     axes.set_xlabel(unit, fontsize=8)
     axes.set_xlim(0, most * 1.32)
@@ -47,13 +49,15 @@ def contest(figure: Any, record: dict[str, Any]) -> None:
     results = {name: each for name, each in record["results"].items() if not name.endswith(", again")}
     rates = {name: each["tokens_per_second"] for name, each in sorted(results.items(), key=lambda item: -item[1]["tokens_per_second"])}
     cosines = record.get("cosines", record["cosines_before_timing"])
-    bars(axes, rates, "tokens/s", notes={name: f"cosine ≥ {cosines[name]['min']:.4f}" for name in rates if name in cosines})
-    axes.set_xlim(0, max(rates.values()) * 1.25)
+    batch = {name: f", batch {each['batch']}" for name, each in record.get("settings", {}).items() if "batch" in each}
+    notes = {name: f"cosine ≥ {cosines[name]['min']:.4f}{batch.get(name, '')}" for name in rates if name in cosines}
+    bars(axes, rates, "tokens/s", notes=notes)
+    axes.set_ylim(-0.6, len(rates) - 0.1)
     for dtype in ("bfloat16", "int8"):
         limit = float(np.median(record["gemm_ceiling"].get(dtype, [np.nan]))) / record["gemm_flops_a_token"]
         if limit < axes.get_xlim()[1]:
-            axes.axvline(limit, color=OURS[dtype], linestyle=":", linewidth=1.2)
-            axes.text(limit, -0.75, f" GEMM alone, {dtype}", color=OURS[dtype], fontsize=7.5, va="center", ha="left")
+            axes.axvline(limit, color=OURS[dtype], linestyle=":", linewidth=1.2, zorder=0)
+            axes.text(limit, len(rates) - 0.4, f" {dtype} GEMM alone", color=OURS[dtype], fontsize=7.5, va="center")
     axes.set_title(f"{record['model'].partition(':')[0]}, {record['texts']:,} docstrings", fontsize=10, loc="left")
 
 
