@@ -33,7 +33,7 @@ def bars(
         if whiskers:
             end = max(end, whiskers[name])
             axes.plot([values[name], whiskers[name]], [y, y], color="#30363d", linewidth=1.2)
-        shown = f"{values[name]:,.0f}" if values[name] >= 100 else f"{values[name]:,.2f}"
+        shown = f"{values[name]:,.0f}" if values[name] >= 100 else f"{values[name]:,.1f}"
         axes.text(
             end + most * 0.01, y, shown + (f"   {notes[name]}" if notes and name in notes else ""), va="center", fontsize=8, bbox=bbox
         )

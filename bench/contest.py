@@ -68,7 +68,7 @@ def ours(directory: str | Path, dtypes: Sequence[str], notes: Notes, **settings:
 
 def blocks_of(texts: Sequence[str], size: int, count: int) -> list[str]:
     """A sample whose batches are as even as those of all texts: runs of neighbours by length, at as many places of the order."""
-    ordered = sorted(texts, key=len)
+    ordered, count = sorted(texts, key=len), max(1, min(count, len(texts) // size))
     middles = [(2 * n + 1) * len(ordered) // (2 * count) for n in range(count)]
     starts = [min(max(0, middle - size // 2), max(0, len(ordered) - size)) for middle in middles]
     return [text for start in starts for text in ordered[start : start + size]]

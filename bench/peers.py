@@ -279,7 +279,8 @@ def onnx_peers(
         name, graphs = f"ONNX Runtime {dtype}", [graph for graph in files if graph.startswith(dtype)]
         ways = [{"graph": graph, "batch": 4, "multiple": 1, "threads": "one batch each"} for graph in graphs]
         graph = best_of(name, ways, make, sample)
-        size = best_of(name, [graph.settings | {"batch": size} for size in (1, 2, 4, 8, 16)], make, sample)
+        sizes = (1, 2, 4, 8, 16) if dtype == "int8" else (2, 4, 8)
+        size = best_of(name, [graph.settings | {"batch": size} for size in sizes], make, sample)
         last = best_of(name, [size.settings, size.settings | {"multiple": 8}, size.settings | {"threads": "in a batch"}], make, sample)
         found.append(Peer(name, last.encode, last.settings, graph.searched + size.searched + last.searched))
     return found

@@ -18,8 +18,8 @@ from measure import Case, Notes, interleaved, noise, spread
 import pyembed
 from pyembed import engine
 
-BUDGETS = {"MiniLM": (512, 1024, 2048, 4096, 8192), "0.6B": (512, 1024, 2048, 4096)}
-TEXTS = {"MiniLM": 1000, "0.6B": 80}
+BUDGETS = {"MiniLM": (512, 1024, 2048, 4096, 8192), "0.6B": (1024, 2048, 4096)}
+TEXTS = {"MiniLM": 600, "0.6B": 80}
 ROUNDS = {"MiniLM": 3, "0.6B": 2}
 
 

@@ -127,7 +127,8 @@ def test_samples_have_batches_as_even_as_all_texts() -> None:
     texts = ["x" * n for n in np.random.default_rng(0).permutation(1000)]
     lengths = list(map(len, blocks_of(texts, 4, 3)))
     assert lengths == [164, 165, 166, 167, 498, 499, 500, 501, 831, 832, 833, 834]
-    assert len(blocks_of(texts[:3], 4, 2)) == 6  # fewer than a block
+    assert len(set(blocks_of(texts[:9], 4, 3))) == 8  # no text twice
+    assert len(blocks_of(texts[:3], 4, 2)) == 3  # fewer than a block
     run = Run("", texts, 2, None, None)
     assert run.sample(50) == run.sample(50) and len(set(run.sample(50))) == 50
 
