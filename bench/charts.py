@@ -21,6 +21,11 @@ def colour(name: str) -> str:
     return next((each for dtype, each in OURS.items() if dtype in name), "#0b7a75") if name.startswith("pyembed") else OTHERS
 
 
+def down(cosine: float) -> str:
+    """Five digits, never rounded up to 1."""
+    return f"{np.floor(cosine * 1e5) / 1e5:.5f}"
+
+
 def bars(
     axes: Any, values: dict[str, float], unit: str, *, notes: dict[str, str] | None = None, whiskers: dict[str, float] | None = None
 ) -> None:
@@ -50,7 +55,7 @@ def contest(figure: Any, record: dict[str, Any]) -> None:
     rates = {name: each["tokens_per_second"] for name, each in sorted(results.items(), key=lambda item: -item[1]["tokens_per_second"])}
     cosines = record.get("cosines", record["cosines_before_timing"])
     batch = {name: f", batch {each['batch']}" for name, each in record.get("settings", {}).items() if "batch" in each}
-    notes = {name: f"cosine ≥ {cosines[name]['min']:.4f}{batch.get(name, '')}" for name in rates if name in cosines}
+    notes = {name: f"cosine ≥ {down(cosines[name]['min'])}{batch.get(name, '')}" for name in rates if name in cosines}
     bars(axes, rates, "tokens/s", notes=notes)
     axes.set_ylim(-0.6, len(rates) - 0.1)
     for dtype in ("bfloat16", "int8"):
