@@ -31,7 +31,8 @@ GROUPS = {
     "schedule": "the rest",
     "budget": "the rest",
 }
-LINEAR, TOKENS, REST = "GEMM", "tokenisation", "the rest"
+LINEARS = {"apply": "GEMM", "chain": "GEMM, fused"}  # methods of linear layers; fused: with activation, sum and norm
+TOKENS, REST = "tokenisation", "the rest"
 
 
 def linears(weights: Any) -> set[type]:
@@ -73,7 +74,9 @@ def watched(encoder: pyembed.Encoder) -> Iterator[Clock]:
     named = {name: each for name, each in vars(ops).items() if isinstance(each, FunctionType) and not name.startswith("_")}
     names = [name for name, each in named.items() if each.__module__.startswith("pyembed.ops") and GROUPS.get(name) != REST]
     places: list[tuple[Any, str, str]] = [(ops, name, GROUPS.get(name, f"ops.{name}")) for name in names]
-    places += [(kind, "apply", LINEAR) for kind in linears(loaded.weights)] + [(Tokenizer, "encode", TOKENS)]
+    for kind in linears(loaded.weights):
+        places += [(kind, name, group) for name, group in LINEARS.items() if name in vars(kind)]
+    places.append((Tokenizer, "encode", TOKENS))
     before = [(owner, name, vars(owner)[name]) for owner, name, _ in places]
     for owner, name, group in places:
         setattr(owner, name, clock.around(vars(owner)[name], group))
