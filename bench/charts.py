@@ -15,8 +15,12 @@ import numpy as np
 OURS = {"float32": "#8fc1bd", "bfloat16": "#0b7a75", "int8": "#d1495b"}
 OTHERS = "#b4bcc6"
 GROUPS = {
-    **{"GEMM": "#0b7a75", "GEMM, fused": "#45a29e", "attention": "#d1495b", "element-wise": "#edae49"},
-    **{"tokenisation": "#66729b", "the rest": "#c9ced6"},
+    "GEMM": "#0b7a75",
+    "GEMM, fused": "#45a29e",
+    "attention": "#d1495b",
+    "element-wise": "#edae49",
+    "tokenisation": "#66729b",
+    "the rest": "#c9ced6",
 }
 
 
