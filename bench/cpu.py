@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("model", help="directory of all-MiniLM-L6-v2")
     parser.add_argument("corpus", help="JSONL with a text field (bench/docstrings.py writes one)")
     parser.add_argument("--only", type=parts_of, default=list(PARTS), help="parts, separated by commas")
-    parser.add_argument("--rounds", type=int, help="of every part; calls of the part latency")
+    parser.add_argument("--rounds", type=int, help="of every part")
     parser.add_argument("--texts", type=int, help="of every part that takes texts")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path, help="JSON; the chart stands beside it")

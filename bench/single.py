@@ -25,7 +25,7 @@ from tqdm import tqdm
 import pyembed
 
 SHORT = 10  # tokens, specials included
-CALLS = {"MiniLM": 300, "0.6B": 30}
+CALLS = {"MiniLM": 100, "0.6B": 10}  # a round
 LENGTHS = (2048, 4096, 8192)
 MEMORY = Path("/proc/self")
 
@@ -69,7 +69,7 @@ def one_model(run: Run, name: str, directory: str, notes: Notes) -> dict[str, An
         label = f"sentence-transformers {settings}" + (f" ({peers.dtype_of(model)})" if settings == "as it comes" else "")
         cosines[label] = of_cosines(model.encode(texts, batch_size=1), reference)
         cases[label] = lambda text, model=model: model.encode(text)
-    taken = milliseconds(cases, texts, run.rounds or CALLS[name], name)
+    taken = milliseconds(cases, texts, (run.rounds or 3) * CALLS[name], name)
     tails = {each: {"p50": statistics.median(times), "p90": float(np.percentile(times, 90))} for each, times in taken.items()}
     results = {each: spread(times) | tails[each] for each, times in taken.items()}
     best = min((label for label in results if label.startswith("sentence")), key=lambda label: results[label]["p50"])
