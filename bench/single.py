@@ -49,7 +49,7 @@ def one_model(run: Run, name: str, directory: str, notes: Notes) -> dict[str, An
     encoders = ours(directory, ("bfloat16", "int8"), notes)
     encoder = encoders["bfloat16"]
     specials = len(encoder.tokenizer.prefix) + len(encoder.tokenizer.suffix)
-    texts = of_tokens(encoder, run.corpus, SHORT - specials, 32)
+    texts = of_tokens(encoder, run.corpus, SHORT - specials, 16)
     theirs = {"as it comes": peers.transformer(directory, None)}
     other = "bfloat16" if peers.dtype_of(theirs["as it comes"]) == "float32" else "float32"
     theirs[other] = peers.transformer(directory, other)
