@@ -79,7 +79,8 @@ def latency(figure: Any, record: dict[str, Any]) -> None:
         whiskers = {name: found["p90"] for name, found in results.items()}
         labels = {name: name.replace("sentence-transformers", "s-t") for name in results}
         p50 = {labels[name]: found["p50"] for name, found in results.items()}
-        bars(axes, p50, "ms, p50 (line: to p90)", whiskers={labels[name]: value for name, value in whiskers.items()})
+        notes = {labels[name]: f"p90 {value:,.1f}" for name, value in whiskers.items()}
+        bars(axes, p50, "ms, p50 (line: to p90)", notes=notes, whiskers={labels[name]: value for name, value in whiskers.items()})
         axes.set_title(f"{model}, one text of {record['tokens']} tokens", fontsize=10, loc="left")
 
 

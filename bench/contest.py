@@ -16,7 +16,7 @@ import gemm
 import numpy as np
 import peers
 from made import made
-from measure import Case, Notes, Rounds, interleaved, noise, of_cosines, refusal, spread, target
+from measure import AGAIN, Case, Notes, Rounds, interleaved, noise, of_cosines, refusal, spread, target
 
 import pyembed
 
@@ -93,9 +93,7 @@ def entries_of(encoders: dict[str, pyembed.Encoder], slow: Sequence[str] = ()) -
     for dtype, encoder in encoders.items():
         loaded = {"tokens_per_batch": "as it comes", "dtype": dtype}
         found[f"pyembed {dtype}"] = Entry(encoder.encode, dtype, 2 if dtype in slow else None, settings=loaded, ours=True)
-        if dtype == "bfloat16":
-            found["pyembed bfloat16, again"] = Entry(encoder.encode, dtype, settings=loaded, ours=True)
-    return found
+    return found | {f"{name}{AGAIN}": entry for name, entry in found.items() if entry.dtype == "bfloat16"}
 
 
 def gate(entries: dict[str, Entry], sample: Sequence[str], reference: np.ndarray, notes: Notes) -> dict[str, dict[str, float]]:

@@ -66,6 +66,8 @@ def show(name: str, record: dict[str, Any]) -> None:
     for model, found in record.get("models", {}).items():
         for label, each in found["results"].items():
             print(f"{each['p50']:10.2f} ms p50 {each['p90']:10.2f} ms p90  {model}, {label}")
+        if found["noise"] is not None:
+            print(f"  {model}: two runs of the same thing differ by {found['noise']:.1%}")
     for dtype, found in record.get("memory_mb", {}).items():
         print(
             f"  {dtype}: "

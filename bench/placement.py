@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from contest import CUT, Run, ours, shape_of_06b
-from measure import Case, Notes, interleaved, noise, spread
+from measure import AGAIN, Case, Notes, interleaved, noise, spread
 
 import pyembed
 from pyembed import engine
@@ -57,7 +57,7 @@ def sweep(name: str, encoder: pyembed.Encoder, texts: list[str], threads: int, r
         cases[f"{tokens} tokens, {threads} threads in a batch"] = Case(lambda within=within: within.encode(texts))
         cases[f"{tokens} tokens, one batch a thread"] = Case(apart([sharing(encoder, tokens) for _ in range(threads)], texts))
     first = next(iter(cases))
-    cases[f"{first}, again"] = cases[first]
+    cases[f"{first}{AGAIN}"] = cases[first]
     expected = cases[first].work()
     for label, case in cases.items():
         if not np.array_equal(case.work(), expected):  # and warm
