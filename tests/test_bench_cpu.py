@@ -187,13 +187,13 @@ def test_what_is_refused_is_said(tiny: pyembed.Encoder, monkeypatch: pytest.Monk
 
     def refusing(*given: Any, dtype: str, **named: Any) -> Any:
         if dtype == "int8":
-            raise ValueError("dtype is 'int8'; expected another.")
+            raise ValueError(f"dtype is 'int8' for {given[0]}; expected another.")
         return tiny
 
     monkeypatch.setattr(contest.pyembed, "Encoder", refusing)
     notes = Notes()
-    assert list(contest.ours("", ("bfloat16", "int8"), notes)) == ["bfloat16"]
-    assert notes.left_out == ["pyembed int8: dtype is 'int8'; expected another."]
+    assert list(contest.ours("a/place", ("bfloat16", "int8"), notes)) == ["bfloat16"]
+    assert notes.left_out == ["pyembed int8: dtype is 'int8' for MODEL; expected another."]
     assert contest.installed("A peer", ("numpy",), notes) and not contest.installed("A peer", ("numpy", "no_such_package"), notes)
     assert "A peer: no_such_package not installed" in notes.left_out[-1]
 
