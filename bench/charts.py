@@ -103,7 +103,8 @@ def long(figure: Any, record: dict[str, Any]) -> None:
 def profile(figure: Any, record: dict[str, Any]) -> None:
     axes, names = figure.subplots(), list(record["cases"])
     at, start = np.arange(len(names))[::-1], np.zeros(len(names))
-    groups = list(dict.fromkeys([*GROUPS, *(group for each in record["cases"].values() for group in each["shares"])]))
+    found = {group for each in record["cases"].values() for group, share in each["shares"].items() if share > 0.0005}
+    groups = [group for group in GROUPS if group in found] + sorted(found - set(GROUPS))
     for group in groups:
         part = np.array([100 * record["cases"][name]["shares"].get(group, 0.0) for name in names])
         axes.barh(at, part, left=start, color=GROUPS.get(group), label=group, height=0.7)
@@ -114,9 +115,10 @@ def profile(figure: Any, record: dict[str, Any]) -> None:
     axes.set_yticks(at, names, fontsize=8)
     axes.set_xlim(0, 100)
     axes.set_xlabel("% of the time", fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("Where the time goes", fontsize=10, loc="left")
-    axes.legend(fontsize=8, frameon=False, ncols=len(groups), loc="lower right", bbox_to_anchor=(1, 1))
+    axes.legend(fontsize=8, frameon=False, ncols=len(groups), loc="upper center", bbox_to_anchor=(0.5, -0.22))
 
 
 def threads(figure: Any, record: dict[str, Any]) -> None:
