@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -25,7 +24,8 @@ ROUNDS = {"MiniLM": 3, "0.6B": 2}
 
 def sharing(encoder: pyembed.Encoder, tokens: int) -> pyembed.Encoder:
     """Another encoder on the same weights, with its own lock and so many tokens a batch (long texts still cost more)."""
-    twin = copy.copy(encoder)
+    twin = object.__new__(pyembed.Encoder)  # copy() would load the weights again
+    vars(twin).update(vars(encoder))
     twin._engine = engine.local(replace(encoder._loaded, lock=threading.Lock()), encoder.tokenizer)
     twin._engine.budget = replace(twin._engine.budget, tokens=tokens)
     return twin

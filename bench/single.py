@@ -98,7 +98,7 @@ def documents(encoder: pyembed.Encoder, corpus: Sequence[str], length: int, coun
     step = len(corpus) // count
     found = []
     for n in range(count):
-        parts = islice(cycle(corpus), n * step, n * step + length // 8)
+        parts = islice(cycle(corpus), n * step, n * step + length // 16 + 8)
         ids = encoder.token_ids(["\n\n".join(parts)])[0]
         if len(ids) < length:
             raise ValueError(f"The corpus gives documents of {len(ids)} tokens; {length} were asked for.")
