@@ -386,12 +386,12 @@ print(peak - before)
 
 
 def test_loading_never_holds_the_model_in_bfloat16(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "vocab_size": 1000}
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 32, "vocab_size": 1000}
     model = write_model(tmp_path / "larger", CONFIG | sizes | {"num_attention_heads": 16, "num_key_value_heads": 8}, modules=False)
     count = sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())
     run = subprocess.run([sys.executable, "-c", MEASURE, str(model)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert count <= int(run.stdout) <= 1.75 * count, f"{int(run.stdout) / count:.3f} bytes a weight; bfloat16 has 2"
+    assert count <= int(run.stdout) <= 1.8 * count, f"{int(run.stdout) / count:.3f} bytes a weight; bfloat16 has 2"
 
 
 def test_ordinary_loading_makes_the_same_layers_as_before(checkpoint: Callable[[str], Path]) -> None:
