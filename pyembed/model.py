@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from pyembed.batch import Kept, PackedBatch
 from pyembed.blocks import BLOCKS, Layer, Shared, mix_embeddings, rows_of
 from pyembed.config import ModelConfig
 from pyembed.latent import Latent
-from pyembed.linear import Linear
+from pyembed.linear import Affine, Linear
 from pyembed.ops import Norm, Ops
 from pyembed.prefix import Prefixes
 from pyembed.rope import Rotary
@@ -42,6 +42,15 @@ class Weights:
     latent: Latent | None
     vocabulary: Linear | None  # output_dim -> V; loaded where logits are asked for
     heads: tuple[Head, ...]
+    spare_rows: bool = True  # the layers want rows up to a multiple of 16, for a row to have the same bits in any batch
+
+
+def linears(weights: Weights) -> Iterator[Affine]:
+    """The linear layers of the blocks."""
+    for layer in weights.layers:
+        yield from (*layer.qkv, layer.out, layer.up, layer.down)
+        if layer.per_layer is not None:
+            yield from (layer.per_layer.project, layer.per_layer.gate, layer.per_layer.out)
 
 
 def position_rows(batch: PackedBatch, config: ModelConfig) -> Tensor:
@@ -71,6 +80,10 @@ def forward(
     each layer's keys and values; `between` is called before each layer, and may raise.
     """
     config = weights.config
+    if not weights.spare_rows:
+        tokens = sum(batch.lengths)
+        batch = replace(batch, input_ids=batch.input_ids[:tokens], positions=batch.positions[:tokens])
+        kept = None if kept is None else replace(kept, rows=kept.rows[: sum(kept.batch.lengths)])
     hidden = ops.embed(
         batch.input_ids,
         weights.tokens,

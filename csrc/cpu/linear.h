@@ -3,8 +3,9 @@
 //
 // Threads take blocks of rows, or, of few rows, ranges of panels. Work: 2 * in * out FLOPs a row and layer; weights are read once a block.
 
-constexpr int64_t BLOCK = 20 * GROUP;      // rows of one layer that a thread takes at once: packed, they stay in the second-level cache
-constexpr int64_t PAIR_BLOCK = 8 * GROUP;  // of two layers, with the first one's results
+constexpr int64_t BLOCK = 20;      // groups of rows of one layer that a thread takes at once: packed, they stay in the second-level cache
+constexpr int64_t PAIR_BLOCK = 8;  // of two layers, with the first one's results
+constexpr int64_t FEW = 256;       // rows of one layer up to which threads divide its columns
 
 // Scratch of a thread: where a block of rows lies packed, `in` to a row of the widest layer.
 struct BlockScratch {
@@ -15,6 +16,7 @@ struct BlockScratch {
     bf16* between;   // [groups, runs, GROUP, PANEL] results of the first of two layers
 };
 
+static inline int64_t words_of(const Matrix& m) { return m.eight_bits ? (m.in + 3) / 4 : m.in / 2; }
 static inline int64_t group_words(int64_t in) { return pieces_of((in + 1) / 2) * GROUP * PIECE; }
 
 static inline BlockScratch block_scratch(const LinearParams& p, int64_t groups) {
@@ -65,26 +67,27 @@ static inline void finish_tile(const Matrix& m, const BlockScratch& from, int64_
     }
 }
 
-// One layer on a block of rows. Groups of rows lie `x_group` and `y_group` elements apart.
-template <class M>
-static inline void layer_of(const Matrix& m, const Runs& x, int64_t x_group, int64_t rows, const Runs& y, int64_t y_group,
-                            int64_t panel, int64_t end, const BlockScratch& s) {
-    const int64_t words = (m.in + M::PER_WORD - 1) / M::PER_WORD, group = pieces_of(words) * GROUP * PIECE;
-    const bool packed = M::PER_WORD == 2 && x.run_stride == GROUP * PANEL;
-    int32_t* from = packed ? (int32_t*)x.data : s.words;
-    for (int64_t r = 0; r < rows && !packed; ++r) {
-        const Runs source{x.data + r / GROUP * x_group, x.row_stride, x.run_stride};
-        int32_t* to = from + r / GROUP * group + r % GROUP * PIECE;
-        if constexpr (M::PER_WORD == 4) {
-            quantise_row(source, r % GROUP, m.in, to, s.scale + r, s.zero + r);
-        } else {
-            copy_row(source, r % GROUP, m.in, to);
-        }
+// Rows [rows, in] of x, whose groups lie `apart` elements from each other, packed for the layer.
+static inline void pack_row(const Matrix& m, const Runs& x, int64_t apart, int64_t row, const BlockScratch& s) {
+    const int64_t words = words_of(m), group = pieces_of(words) * GROUP * PIECE;
+    const Runs source{x.data + row / GROUP * apart, x.row_stride, x.run_stride};
+    int32_t* to = s.words + row / GROUP * group + row % GROUP * PIECE;
+    if (m.eight_bits) {
+        quantise_row(source, row % GROUP, m.in, to, s.scale + row, s.zero + row);
+    } else {
+        copy_row(source, row % GROUP, m.in, to);
     }
+}
+
+// Panels `panel` to `end` of a layer on packed rows; groups of results lie `apart` elements from each other.
+template <class M>
+static inline void panels_of(const Matrix& m, const int32_t* from, int64_t rows, const Runs& y, int64_t apart, int64_t panel,
+                             int64_t end, const BlockScratch& s) {
+    const int64_t words = words_of(m), group = pieces_of(words) * GROUP * PIECE;
     for (; panel < end; ++panel) {
         for (int64_t r = 0; r < rows; r += GROUP) {
             const int64_t count = least(GROUP, rows - r), column = panel * PANEL;
-            const Runs to{y.data + r / GROUP * y_group, y.row_stride, y.run_stride};
+            const Runs to{y.data + r / GROUP * apart, y.row_stride, y.run_stride};
             multiply_group<M>(from + r / GROUP * group, m.words + panel * words * PANEL, words, count, s.tile);
             switch (m.act) {
                 case Act::none: finish_tile<M, Act::none>(m, s, r, count, column, to); break;
@@ -99,49 +102,70 @@ static inline void layer_of(const Matrix& m, const Runs& x, int64_t x_group, int
     }
 }
 
-static inline void layer(const Matrix& m, const Runs& x, int64_t x_group, int64_t rows, const Runs& y, int64_t y_group, int64_t panel,
-                         int64_t end, const BlockScratch& s) {
-    if (m.eight_bits) {
-        layer_of<Bytes>(m, x, x_group, rows, y, y_group, panel, end, s);
-    } else {
-        layer_of<Halves>(m, x, x_group, rows, y, y_group, panel, end, s);
+static inline void multiply(const Matrix& m, const int32_t* from, int64_t rows, const Runs& y, int64_t apart, int64_t panel, int64_t end,
+                            const BlockScratch& s) {
+    m.eight_bits ? panels_of<Bytes>(m, from, rows, y, apart, panel, end, s) : panels_of<Halves>(m, from, rows, y, apart, panel, end, s);
+}
+
+// One layer on a block of rows.
+static inline void layer(const Matrix& m, const Runs& x, int64_t x_apart, int64_t rows, const Runs& y, int64_t y_apart,
+                         const BlockScratch& s) {
+    const bool packed = !m.eight_bits && x.run_stride == GROUP * PANEL;  // results of another layer, as they lie
+    for (int64_t r = 0; r < rows && !packed; ++r) pack_row(m, x, x_apart, r, s);
+    multiply(m, packed ? (const int32_t*)x.data : s.words, rows, y, y_apart, 0, m.panels, s);
+}
+
+// Few rows: packed once for all threads, which take panels, so that the weights are read once.
+static void linear_few(const LinearParams& p) {
+    const Matrix& m = p.first;
+    const BlockScratch shared = block_scratch(p, (p.T + GROUP - 1) / GROUP);
+    const Runs x{(bf16*)p.x, p.x_stride, PANEL}, y{(bf16*)p.y, m.out, PANEL};
+    const int64_t slices = least(m.panels, 4 * p.threads);
+#pragma omp parallel num_threads(p.threads)
+    {
+        float tile[GROUP * PANEL];
+        BlockScratch s = shared;
+        s.tile = tile;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < p.T; ++t) pack_row(m, x, GROUP * p.x_stride, t, s);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t slice = 0; slice < slices; ++slice) {
+            multiply(m, s.words, p.T, y, GROUP * m.out, slice * m.panels / slices, (slice + 1) * m.panels / slices, s);
+        }
+        if (p.norm.norm.given) {
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < p.T; ++t) norm_row<bf16>(p.norm, t);
+        }
+    }
+}
+
+// Many rows: threads take blocks of them, from packing to norm.
+static void linear_many(const LinearParams& p) {
+    const bool pair = p.second.words != nullptr;
+    const Matrix& last = pair ? p.second : p.first;
+    const int64_t groups = (p.T + GROUP - 1) / GROUP, biggest = pair ? PAIR_BLOCK : BLOCK;
+    const int64_t turns = most((groups + p.threads * biggest - 1) / (p.threads * biggest), least(4, groups / p.threads));
+    const int64_t blocks = most(1, turns) * p.threads;
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic, 1)
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t from = block * groups / blocks, to = (block + 1) * groups / blocks;
+        const int64_t first = from * GROUP, rows = least(p.T, to * GROUP) - first;
+        const BlockScratch s = block_scratch(p, to - from);
+        const Runs x{(bf16*)p.x + first * p.x_stride, p.x_stride, PANEL}, y{(bf16*)p.y + first * last.out, last.out, PANEL};
+        if (pair) {
+            const Runs between{s.between, PANEL, GROUP * PANEL};
+            const int64_t apart = 2 * group_words(p.first.out);
+            layer(p.first, x, GROUP * p.x_stride, rows, between, apart, s);
+            layer(p.second, between, apart, rows, y, GROUP * last.out, s);
+        } else {
+            layer(p.first, x, GROUP * p.x_stride, rows, y, GROUP * last.out, s);
+        }
+        for (int64_t t = first; p.norm.norm.given && t < first + rows; ++t) norm_row<bf16>(p.norm, t);
     }
 }
 
 static void linear(const LinearParams& p) {
     ran(ISA);
     if (p.T == 0) return;
-    const bool pair = p.second.words != nullptr;
-    const int64_t groups = (p.T + GROUP - 1) / GROUP, most_groups = (pair ? PAIR_BLOCK : BLOCK) / GROUP;
-    const int64_t together = most(1, least(most_groups, groups / (p.threads * 8)));
-    const int64_t blocks = (groups + together - 1) / together;
-    const int64_t slices = pair || blocks >= 4 * p.threads ? 1 : least(p.first.panels, (8 * p.threads + blocks - 1) / blocks);
-#pragma omp parallel num_threads(p.threads)
-    {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < blocks * slices; ++task) {
-            const int64_t block = task / slices, slice = task % slices;
-            const int64_t first = block * together * GROUP, rows = least(p.T - first, together * GROUP);
-            const BlockScratch s = block_scratch(p, together);
-            const Runs x{(bf16*)p.x + first * p.x_stride, p.x_stride, PANEL};
-            const Matrix& last = pair ? p.second : p.first;
-            const Runs y{(bf16*)p.y + first * last.out, last.out, PANEL};
-            const int64_t from = slice * last.panels / slices, to = (slice + 1) * last.panels / slices;
-            if (pair) {
-                const Runs between{s.between, PANEL, GROUP * PANEL};
-                const int64_t apart = 2 * group_words(p.first.out);
-                layer(p.first, x, GROUP * p.x_stride, rows, between, apart, 0, p.first.panels, s);
-                layer(p.second, between, apart, rows, y, GROUP * last.out, from, to, s);
-            } else {
-                layer(p.first, x, GROUP * p.x_stride, rows, y, GROUP * last.out, from, to, s);
-            }
-            if (p.norm.norm.given && slices == 1) {
-                for (int64_t t = first; t < first + rows; ++t) norm_row<bf16>(p.norm, t);
-            }
-        }
-        if (p.norm.norm.given && slices > 1) {
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < p.T; ++t) norm_row<bf16>(p.norm, t);
-        }
-    }
+    p.second.words == nullptr && p.T <= FEW ? linear_few(p) : linear_many(p);
 }
