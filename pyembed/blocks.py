@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyembed.batch import Kept, PackedBatch
 from pyembed.config import ModelConfig
-from pyembed.linear import Affine, Chain
+from pyembed.linear import Affine, chained
 from pyembed.ops import DistanceBias, Norm, Ops, Prefix
 
 Stream = tuple[Tensor, Tensor | None]  # hidden [T, D], delta [T, D]
@@ -69,7 +69,7 @@ def norm(x: Tensor, weights: Norm, ops: Ops, *, residual: Tensor | None = None) 
 
 def normed(x: Tensor, linear: Affine, weights: Norm, ops: Ops, *, residual: Tensor | None = None) -> Tensor:
     """The norm of linear(x), or of residual + linear(x), which then also stands in `residual`."""
-    if isinstance(linear, Chain):
+    if chained(linear):
         return linear.chain(x, norm=weights, residual=residual)
     return norm(linear.apply(x), weights, ops, residual=residual)
 
@@ -143,7 +143,7 @@ def rows_of(x: Tensor, kept: Kept | None) -> Tensor:
 def mlp(x: Tensor, layer: Layer, config: ModelConfig, ops: Ops, *, weights: Norm | None = None, residual: Tensor | None = None) -> Tensor:
     """The feed-forward layer, gated or plain: [T, D] -> [T, D]; with `weights` the norm of residual + that, as `normed` has it."""
     act, up, down = config.activation, layer.up, layer.down
-    if isinstance(up, Chain) and isinstance(down, Chain) and act in up.fuses:
+    if chained(up) and chained(down) and act in up.fuses:
         return up.chain(x, act=act, second=down, norm=weights, residual=residual)
     if act in up.fuses:
         h = up.apply(x, act=act)

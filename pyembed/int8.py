@@ -13,6 +13,7 @@ depend on its batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ CHUNK = 1 << 18  # weights that are quantised at a time, so that they stay in th
 class Int8:
     """y = x W^T + b with W in int8. O outputs, I inputs."""
 
+    chains: ClassVar[bool] = False
     values: Tensor  # [O, I] int8
     scale: Tensor  # [O] float32
     sums: Tensor  # [O] int32, of each row of `values`

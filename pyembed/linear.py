@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ Read = Callable[[], tuple[Tensor, Tensor | None]]  # a weight, which the next ca
 class Affine(Protocol):
     """y = x W^T + b, whatever it is stored in."""
 
+    chains: ClassVar[bool]  # whether it is a Chain
+
     @property
     def fuses(self) -> frozenset[str]:
         """The activations that `apply` takes."""
@@ -31,7 +33,6 @@ class Affine(Protocol):
         """x [rows, in_features] to [rows, out_features], with `act` on top; `act` must be in `fuses`."""
 
 
-@runtime_checkable
 class Chain(Affine, Protocol):
     """One that also computes what comes after it, while the rows are in cache."""
 
@@ -41,10 +42,16 @@ class Chain(Affine, Protocol):
         """`apply`; then, where they are given, `second`, and the norm of residual + that, which then also stands in `residual`."""
 
 
+def chained(layer: Affine) -> TypeGuard[Chain]:
+    """Whether a layer is a Chain: told by a flag, since isinstance of a Protocol takes as long as a small layer."""
+    return layer.chains
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
     """y = x W^T + b. `packed`: the weight is in oneDNN's blocked layout, which only its own GEMM reads."""
 
+    chains: ClassVar[bool] = False
     weight: Tensor  # [out_features, in_features], or that packed
     bias: Tensor | None  # [out_features]
     packed: bool

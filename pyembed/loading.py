@@ -15,7 +15,7 @@ import torch
 from pyembed import engine, ops, quantising, weights
 from pyembed.config import Family, ModelSpec, TensorNames
 from pyembed.job import Engine
-from pyembed.linear import Chain
+from pyembed.linear import chained
 from pyembed.model import linears
 from pyembed.options import common_dtype
 from pyembed.prefix import BYTES, PrefixCache, obstacle, shareable
@@ -114,7 +114,7 @@ def load(
     if probe is not None:
         with device_of(loaded):
             loaded.weights, loaded.errors = quantising.settle(tensors, probe, loaded.ops)
-    loaded.weights = replace(loaded.weights, spare_rows=not all(isinstance(each, Chain) for each in linears(loaded.weights)))
+    loaded.weights = replace(loaded.weights, spare_rows=not all(chained(each) for each in linears(loaded.weights)))
     if room != 0 and shareable(spec):
         loaded.prefixes = PrefixCache(BYTES[device.type] if room is None else room)
     check_mask(loaded)

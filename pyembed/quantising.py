@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch.nn.functional as F
@@ -51,6 +51,7 @@ def probe(tokenizer: Tokenizer, vocab_size: int) -> list[np.ndarray]:
 class Trial:
     """A linear layer before it is known how it will run. `apply` reads its weight, decides, and gives the output in bfloat16."""
 
+    chains: ClassVar[bool] = False
     ops: Ops
     tokens: int  # of the probe: the first rows, which count
     read: Read

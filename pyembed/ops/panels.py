@@ -6,6 +6,7 @@ Same results as `Linear` or `Int8` and the ops one after the other, but for one 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ _NONE = 6
 class Panels:
     """y = x W^T + b with W [O, I]; of a `gated` layer, W = [gate; up], act(gate x) * up x [rows, O / 2]."""
 
+    chains: ClassVar[bool] = True
     words: Tensor  # [panels, words, PANEL] int32, two bfloat16 or four int8 in each
     bias: Tensor | None  # [panels * PANEL] float32
     scale: Tensor | None  # [panels * PANEL] float32, of int8 weights
