@@ -24,13 +24,8 @@ CPU = Pybind11Extension(
     depends=glob("csrc/**/*.h", recursive=True),
     cxx_std=17,
     # without contraction a * b + c rounds as it is written; where a fused product is meant, the source says fma
-    extra_compile_args=[
-        "-O3",
-        "-fopenmp",
-        "-ffp-contract=off",
-        "-Wno-maybe-uninitialized",
-        *SANITIZE,
-    ],  # gcc 12 warns about its own headers
+    # gcc 12 warns about its own headers
+    extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-Wno-maybe-uninitialized", *SANITIZE],
     extra_link_args=["-fopenmp", *SANITIZE],
 )
 
