@@ -66,7 +66,13 @@ def extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(extension: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     # libstdc++ is there from the start, because libasan looks for the function that throws when it starts
     preload = f"{library('libasan.so')} {library('libstdc++.so')}"
-    env = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    env = {
+        **os.environ,
+        "OMP_WAIT_POLICY": "passive",
+        "LD_PRELOAD": preload,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
     command = [sys.executable, "-c", INSTEAD + code, str(extension), *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
