@@ -5,11 +5,11 @@
 
 // x * (1/2 + clamped x * p(clamped x^2)), p [8] from the highest power; at the clamp it meets x and 0.
 static inline V gelu_by(const float* p, float clamp, V x) {
-    const V bounded = min(set1(clamp), max(set1(-clamp), x)), u = bounded * bounded;
+    const V above = max(set1(-clamp), x), bounded = min(set1(clamp), above), u = bounded * bounded;
     V y = set1(p[0]);
 #pragma GCC unroll 8
     for (int i = 1; i < 8; ++i) y = fma(y, u, set1(p[i]));
-    return x * fma(bounded, y, set1(0.5f));
+    return above * fma(bounded, y, set1(0.5f));  // times x it would be some 1e-6 x far below
 }
 
 template <class T>
@@ -34,13 +34,14 @@ static inline V gelu_tanh(V x) {
         return x * set1(0.5f) * (set1(1.0f) + tanh(inner));
     }
 }
-// e^-x is clamped rather than infinite, which moves silu only where it is below 1e-36.
+// x is clamped rather than e^-x infinite, which moves silu only where it is below 1e-35.
 template <class T>
 static inline V silu(V x) {
     if constexpr (sizeof(T) == 2) {
-        const V bounded = min(set1(126.0f), max(set1(-126.0f), x * set1(-1.44269504f))), n = round_even(bounded), r = bounded - n;
+        const V above = max(set1(-87.3f), x), bounded = max(set1(-126.0f), above * set1(-1.44269504f));
+        const V n = round_even(bounded), r = bounded - n;
         const V p = fma(fma(fma(set1(0.05500894412398338f), r, set1(0.24221116304397583f)), r, set1(0.693282961845398f)), r, set1(1.0f));
-        return x / (set1(1.0f) + ldexp(p, n));
+        return above / (set1(1.0f) + ldexp(p, n));
     } else {
         return x / (set1(1.0f) + exp(zero() - x));
     }
@@ -48,7 +49,7 @@ static inline V silu(V x) {
 // The activation of x, rounded to T afterwards; none where there is none.
 template <class T, Act ACT>
 static inline V activated(V x) {
-    if constexpr (ACT == Act::relu) return max(x, zero());
+    if constexpr (ACT == Act::relu) return max(zero(), x);  // in this order NaN stays
     if constexpr (ACT == Act::swiglu) return silu<T>(x);
     if constexpr (ACT == Act::geglu_erf || ACT == Act::gelu_erf) return gelu_erf<T>(x);
     if constexpr (ACT == Act::geglu_tanh || ACT == Act::gelu_tanh) return gelu_tanh<T>(x);
