@@ -72,7 +72,7 @@ def every_op(dtype: torch.dtype, width: int) -> None:
 
 
 def every_layer(width: int, before: bool) -> None:
-    """Layers from `width` to `width` + 17 columns and on to `width`, alone and as a pair; the result starts or ends with its memory, too."""
+    """Layers from `width` to `width` + 17 columns and on to `width`, alone and as a pair; the result begins or ends with its memory."""
 
     def own(x: Tensor) -> Tensor:
         return guarded(x, before=before)

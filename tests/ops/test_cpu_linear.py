@@ -1,4 +1,4 @@
-"""Linear layers in panels: int8 beside its oracle bit for bit, bfloat16 and activations under the tolerance rule, and what rows may not do."""
+"""Layers in panels: int8 beside its oracle bit for bit, bfloat16 and activations under the tolerance rule, and what rows may not do."""
 
 from __future__ import annotations
 
