@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from minilm import cpu_name
+from measure import cpu_name
 
 from pyembed import _cpu
 from pyembed.ops import cpu

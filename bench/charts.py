@@ -91,6 +91,7 @@ def long(figure: Any, record: dict[str, Any]) -> None:
     for dtype, found in record["memory_mb"].items():
         lengths = [each["tokens"] for each in found]
         right.plot(lengths, [each["peak"] - each["loaded"] for each in found], "o-", color=OURS[dtype], label=dtype)
+    right.tick_params(labelsize=8)
     right.set_xlim(0, None)
     right.set_ylim(0, None)
     right.set_xlabel("tokens of the document", fontsize=8)
@@ -134,6 +135,7 @@ def threads(figure: Any, record: dict[str, Any]) -> None:
         axes.set_xticks([tokens for tokens, _ in points], [str(tokens) for tokens, _ in points], fontsize=8)
         axes.minorticks_off()
         axes.set_ylim(0, None)
+        axes.tick_params(labelsize=8)
         axes.set_xlabel("tokens a batch", fontsize=8)
         axes.set_title(f"{name}, tokens/s", fontsize=10, loc="left")
         axes.legend(fontsize=8, frameon=False, loc="lower right")

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from minilm import cpu_name
+from measure import cpu_name
 from safetensors.torch import load_file, save_file
 
 import pyembed

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from minilm import cpu_name
+from measure import cpu_name
 
 import pyembed
 from pyembed import int8, quantising
