@@ -278,3 +278,20 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     with pytest.raises(SystemExit):
         cpu.main()
     assert "'other' is no part" in capsys.readouterr().err
+
+
+def test_several_parts_make_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cpu
+
+    def run(command: list[str], *, check: bool) -> Any:
+        name, to = command[command.index("--only") + 1], Path(command[command.index("-o") + 1])
+        assert command[2:4] == ["MODEL", "CORPUS"]
+        if name != "long":
+            to.write_text(json.dumps({"date": "a day", "parts": {name: {"left_out": [], "refused": []}}}))
+        return SimpleNamespace(returncode=3)
+
+    monkeypatch.setattr(cpu.subprocess, "run", run)
+    record = cpu.in_processes(["minilm", "qwen"], ["MODEL", "CORPUS"])
+    assert record["date"] == "a day" and list(record["parts"]) == ["minilm", "qwen"]
+    with pytest.raises(SystemExit, match="long failed with exit status 3"):
+        cpu.in_processes(["minilm", "long"], ["MODEL", "CORPUS"])
