@@ -33,5 +33,3 @@ def test_a_projection_of_every_token_keeps_them(tmp_path: Path) -> None:
 def test_panels_need_none(checkpoint: Callable[[str], Path]) -> None:
     for name, dtype, spare in [("qwen3", "bfloat16", False), ("qwen3", "int8", False), ("qwen3", "float32", True)]:
         assert Encoder(checkpoint(name), device="cpu", dtype=dtype)._loaded.weights.spare_rows == spare, (name, dtype)
-
-
