@@ -46,11 +46,15 @@ class Weights:
 
 
 def linears(weights: Weights) -> Iterator[Affine]:
-    """The linear layers of the blocks."""
+    """The linear layers that meet every token, or may."""
     for layer in weights.layers:
         yield from (*layer.qkv, layer.out, layer.up, layer.down)
         if layer.per_layer is not None:
             yield from (layer.per_layer.project, layer.per_layer.gate, layer.per_layer.out)
+    if weights.projection is not None:
+        yield weights.projection
+    if weights.latent is not None:
+        yield from (weights.latent.scores, weights.latent.mix, weights.latent.up, weights.latent.down)
 
 
 def position_rows(batch: PackedBatch, config: ModelConfig) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,11 +86,12 @@ def test_token_states_too(texts_and_make: tuple[list[str], Make], dtype: str) ->
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_rows_of_nobody_reach_no_output(texts_and_make: tuple[list[str], Make], dtype: str) -> None:
-    """NaN in the rows that pad a batch, from the embedding on, changes no bit."""
+    """NaN in the rows that pad a batch, from the embedding on, changes no bit; nor do the rows, where the layers need none."""
     texts, make = texts_and_make
     torch.set_num_threads(1)
     encoder = make(dtype=dtype)
     right = encoder.encode(texts)
+    encoder._loaded.weights = replace(encoder._loaded.weights, spare_rows=True)
     ops = encoder._loaded.ops
     lengths = [len(ids) for ids in encoder.tokenizer.encode(texts, encoder.max_seq_length).ids]
     own, spare = iter(lengths), []
