@@ -1,8 +1,9 @@
 """The one scheduler: texts arrive in windows, which are prepared in the background and run batch by batch while the caller reads on.
 
 The caller's thread reads the inputs and takes results in order; one thread tokenises and plans; each lane (a device, or a worker
-process) has a thread that runs batches. On a CPU of this process, whose cores do all of it, the caller's thread does it window by
-window. A call of one window on one lane needs no thread.
+process) has a thread that runs batches. On a CPU of this process the caller's thread tokenises and plans, and of a window with batches
+enough each core runs one at a time: threads that work on one batch wait for each other at every op. Few batches are run in the caller's
+thread, one after the other, with all threads in each.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pyembed.window import Marked, Window, Work, finish, place, prepare, room, r
 WINDOW_TEXTS = 1024  # texts in flight: what an interrupt loses, and what a stream reads before its first vector
 WINDOW_CHARACTERS = 1 << 18
 AHEAD = 2  # windows under way: one that is run, and one that is read and prepared meanwhile
+PLENTY = 2  # batches for each thread of a CPU from which a window is run with one batch on each
 LOSSES = 3  # lanes that may be lost over a text, with others and alone, before it is an error
 
 Advance = Callable[[Stats], Any]
@@ -42,10 +44,12 @@ def local(model: Loaded, tokenizer: Tokenizer) -> Engine:
     def lane(reads: Reads, rows: Rows, stop: Stop) -> Made:
         return run_batch(model, reads, rows, stop)
 
+    def share(reads: Reads, rows: Rows, stop: Stop) -> Made:
+        return run_batch(model, reads, rows, stop, share=True)
+
     budget, reuses = model.ops.budget(model.spec.model, model.dtype, model.device), model.prefixes is not None
-    beside = model.device.type != "cpu"
     given = (model.spec, tokenizer, (lane,), (model.device,), (model.ops,), model.dtype, model.adapter, budget, reuses, model)
-    return Engine(*given, beside=beside, errors=model.errors)
+    return Engine(*given, share=share if model.device.type == "cpu" else None, errors=model.errors)
 
 
 @dataclass(slots=True)
@@ -181,30 +185,57 @@ class Line:
         if not chunk.inputs:
             ticket.done.set()
             return ticket
-        if not self.engine.beside or (only and len(self.engine.lanes) == 1):
+        threads = torch.get_num_threads()
+        if self.engine.share is not None or (only and len(self.engine.lanes) == 1):
             ticket.work = prepare(self.engine, self.job, chunk.inputs, chunk.numbers, only=True)
-            for batch in ticket.work.batches:
+            whole = self.side_by_side(ticket, threads, only=only) if self.engine.share is not None and threads > 1 else ticket.work.batches
+            for batch in whole:
                 self.run_batch(ticket.work, batch)
-            ticket.done.set()
+            if ticket.left == 0:
+                ticket.done.set()
             return ticket
-        if not self.threads:
-            for tasks in [self.windows, *[self.batches] * len(self.engine.lanes)]:
-                thread = threading.Thread(target=self.loop, args=(tasks, torch.get_num_threads()))
-                thread.start()
-                self.threads.append(thread)
+        self.employ([(self.windows, threads), *[(self.batches, threads)] * len(self.engine.lanes)])
         self.windows.put(partial(self.prepare, ticket, only))
         return ticket
+
+    def side_by_side(self, ticket: Ticket, threads: int, *, only: bool) -> list[list[int]]:
+        """Have a window's batches run one on each thread, where there are enough for all to end at about the same time; the others."""
+        assert ticket.work is not None
+        batches = ticket.work.batches
+        if len(batches) < PLENTY * threads and not self.threads:
+            return batches
+        count = len(batches) // threads * threads if only else len(batches)
+        self.employ([(self.batches, 1)] * threads)
+        ticket.left = count
+        for batch in batches[:count]:
+            self.batches.put(partial(self.step, ticket, batch))
+        if count < len(batches):  # they want all threads, and those are taken until then
+            self.wait(ticket)
+            ticket.done.clear()
+        return batches[count:]
+
+    def employ(self, tasks: list[tuple[SimpleQueue[Callable[[], None]], int]]) -> None:
+        """Start the call's threads, unless they are there: each takes from a queue, and computes on so many threads of its own."""
+        for queue, threads in [] if self.threads else tasks:
+            thread = threading.Thread(target=self.loop, args=(queue, threads))
+            thread.start()
+            self.threads.append(thread)
 
     def result(self, ticket: Ticket) -> Window:
         """What a window gave, once it is done."""
         self.caller = threading.current_thread()
+        self.wait(ticket)
+        assert ticket.work is not None or not ticket.chunk.inputs
+        window, counts = finish(self.engine, self.job, ticket.work, ticket.chunk.repeats, self.marked)
+        self.report(counts)
+        return window
+
+    def wait(self, ticket: Ticket) -> None:
+        """Until the window's batches on other threads are done; raises what went wrong."""
         while not ticket.done.wait(POLL):
             if self.deserted:
                 raise Stopped(GIVEN_UP)
         ticket.check()
-        window, counts = finish(self.engine, self.job, ticket.work, ticket.chunk.repeats, self.marked)
-        self.report(counts)
-        return window
 
     def close(self) -> None:
         """Have the threads end; they stop between two layers of a batch."""
@@ -279,10 +310,13 @@ class Line:
 
     def on_a_lane(self, rows: Rows) -> Made:
         """Run a batch on a lane that no other call uses. One lane has a lock of its own."""
-        lanes = self.engine.lanes
+        lanes, ours = self.engine.lanes, threading.current_thread() in self.threads
+        if self.engine.share is not None and ours:
+            made = self.engine.share(self.job.reads, rows, self.stopped)
+            return made._replace(seconds=made.seconds / len(self.threads))
         if len(lanes) == 1:
             # not `stopped` in the caller's own thread: an interrupt inside is_alive makes Python take a thread for dead
-            return lanes[0](self.job.reads, rows, self.stopped if self.threads else lambda: self.closed)
+            return lanes[0](self.job.reads, rows, self.stopped if ours else lambda: self.closed)
         number = self.free_lane()
         try:
             return lanes[number](self.job.reads, rows, self.stopped)

@@ -7,6 +7,7 @@ decided by its own ids and its prompt's, never by its neighbours.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,21 +39,22 @@ class Run:
 
 
 class PrefixCache:
-    """The prefixes used last, by their ids, in at most `limit` bytes; the newest always fits. Used under the device's lock."""
+    """The prefixes used last, by their ids, in at most `limit` bytes; the newest always fits."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.runs = limit, OrderedDict[bytes, Run]()
+        self.limit, self.runs, self.lock = limit, OrderedDict[bytes, Run](), threading.Lock()
 
     def get(self, ids: np.ndarray, make: Callable[[np.ndarray], Run]) -> Run:
-        """The run of `ids`, made where it is not kept."""
+        """The run of `ids`, made where it is not kept; meanwhile other threads wait, who will most often want the same."""
         key = ids.tobytes()
-        if key in self.runs:
-            self.runs.move_to_end(key)
-            return self.runs[key]
-        run = self.runs[key] = make(ids)
-        while len(self.runs) > 1 and self.bytes > self.limit:
-            self.runs.popitem(last=False)
-        return run
+        with self.lock:
+            if key in self.runs:
+                self.runs.move_to_end(key)
+                return self.runs[key]
+            run = self.runs[key] = make(ids)
+            while len(self.runs) > 1 and self.bytes > self.limit:
+                self.runs.popitem(last=False)
+            return run
 
     @property
     def bytes(self) -> int:

@@ -64,6 +64,27 @@ class Made(NamedTuple):
     seconds: float  # that the device was taken
 
 
+class Turns:
+    """A device's turns: one batch on all of its threads, or several side by side on one each. Who wants all of it is let in first."""
+
+    def __init__(self) -> None:
+        self.door, self.room, self.counting = threading.Lock(), threading.Lock(), threading.Lock()
+        self.inside = 0
+
+    def enter(self) -> None:
+        """Begin a batch beside others. In threads that no interrupt reaches: one in here would leave the door shut."""
+        with self.door, self.counting:
+            self.inside += 1
+            if self.inside == 1:
+                self.room.acquire()
+
+    def leave(self) -> None:
+        with self.counting:
+            self.inside -= 1
+            if self.inside == 0:
+                self.room.release()
+
+
 @dataclass(slots=True)
 class Loaded:
     """A model on one device."""
@@ -76,19 +97,29 @@ class Loaded:
     adapter: str | None = None  # of those to switch between
     prefixes: PrefixCache | None = None  # None: every text is run whole
     errors: dict[str, float] = field(default_factory=dict)  # of each linear layer in int8 (quantising.py)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    turns: Turns = field(default_factory=Turns)
 
 
 @contextmanager
-def device_of(model: Loaded) -> Iterator[None]:
-    """The model's device for one thread at a time, in the dtype it was loaded in whatever autocast says around us."""
-    with model.lock, torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
-        yield
+def device_of(model: Loaded, *, share: bool = False) -> Iterator[None]:
+    """The model's device for one thread at a time, or a share of it; in the dtype it was loaded in whatever autocast says around us."""
+    if share:
+        model.turns.enter()
+        try:
+            with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+                yield
+        finally:
+            model.turns.leave()
+    else:  # locks alone, with nothing between that an interrupt could leave half done
+        with model.turns.door, model.turns.room, torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+            yield
 
 
-def run_batch(model: Loaded, reads: Reads, rows: Rows, stop: Stop | None = None) -> Made:
-    """Vectors or logits of the rows, and their token states if asked for. Stopped where `stop` says so between two layers."""
-    with device_of(model):
+def run_batch(model: Loaded, reads: Reads, rows: Rows, stop: Stop | None = None, *, share: bool = False) -> Made:
+    """Vectors or logits of the rows, and their token states if asked for. Stopped where `stop` says so between two layers. `share`: other
+    batches may run beside it.
+    """
+    with device_of(model, share=share):
         start = time.perf_counter()
         spans = [(0, len(each)) for each in rows.ids] if reads.logits else rows.spans
         prefixes = gathered([(prefix_of(model, head, stop), count) if count else None for head, count in rows.shared], model.device)

@@ -176,7 +176,7 @@ def test_threads_apart_give_the_same_bits(tiny: pyembed.Encoder) -> None:
 
     texts = [f"some text, number {n}" * (1 + n % 5) for n in range(41)]
     twins = [sharing(tiny, 64) for _ in range(2)]
-    assert twins[0]._loaded.weights is tiny._loaded.weights and twins[0]._loaded.lock is not twins[1]._loaded.lock
+    assert twins[0]._loaded.weights is tiny._loaded.weights and twins[0]._loaded.turns is not twins[1]._loaded.turns
     assert twins[0]._engine.budget.tokens == 64 != tiny._engine.budget.tokens
     assert np.array_equal(apart(twins, texts)(), tiny.encode(texts))
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from pyembed import Encoder, engine
-from pyembed.runner import LaneLost, Loaded, Reads, Rows, Stop, Stopped
+from pyembed.runner import Turns, LaneLost, Loaded, Reads, Rows, Stop, Stopped
 
 TEXTS = [f"{checkpoints.sentence(n % 23 + 1, n)} w{n % 50}" for n in range(120)]
 FULL = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
@@ -44,7 +44,7 @@ def encoder(made: Encoder, monkeypatch: pytest.MonkeyPatch) -> Encoder:
     """One whose windows have 10 texts and whose batches have few tokens."""
     monkeypatch.setattr(engine, "WINDOW_TEXTS", 10)
     monkeypatch.setitem(made._arguments, "tokens_per_batch", 64)
-    monkeypatch.setattr(made, "_engine", replace(made._engine, stats=type(made.stats)(), fits=None, beside=True))
+    monkeypatch.setattr(made, "_engine", replace(made._engine, stats=type(made.stats)(), fits=None, share=None))
     return made
 
 
@@ -73,10 +73,15 @@ def patched(monkeypatch: pytest.MonkeyPatch, change: Callable[[RunBatch], RunBat
     monkeypatch.setattr(engine, "run_batch", change(engine.run_batch))
 
 
-@pytest.mark.parametrize(("lanes", "beside"), [(1, True), (1, False), (3, True)])
-def test_the_line_gives_the_bits_of_single_texts_in_order(encoder: Encoder, expected: np.ndarray, lanes: int, beside: bool) -> None:
+@pytest.mark.parametrize(("lanes", "shares", "cores"), [(1, False, 1), (3, False, 1), (1, True, 1), (1, True, 2), (1, True, 3)])
+def test_the_line_gives_the_bits_of_single_texts_in_order(
+    encoder: Encoder, made: Encoder, expected: np.ndarray, lanes: int, shares: bool, cores: int
+) -> None:
     several(encoder, lanes)
-    encoder._engine.beside = beside
+    torch.set_num_threads(cores)
+    if shares:
+        encoder._engine.share = engine.local(made._loaded, made.tokenizer).share
+        assert encoder._engine.share is not None
     assert np.array_equal(encoder.encode(TEXTS), expected)
     assert np.array_equal(np.stack(list(encoder.stream(iter(TEXTS)))), expected)
     assert encoder.stats.texts == 2 * len(TEXTS)
@@ -92,18 +97,60 @@ def test_a_call_of_one_window_starts_no_thread(encoder: Encoder, monkeypatch: py
     assert len(set(seen)) == 2
 
 
-def test_on_a_cpu_the_callers_thread_does_it_all(encoder: Encoder, made: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads that tokenise beside the kernels would only take their cores."""
-    assert not engine.local(made._loaded, made.tokenizer).beside
-    seen: dict[str, set[threading.Thread]] = {"prepare": set(), "run_batch": set()}
-    for name, threads in seen.items():
+@pytest.mark.parametrize("cores", [1, 2])
+def test_on_a_cpu_each_core_has_a_batch_where_there_are_enough(
+    encoder: Encoder, made: Encoder, monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    """The caller's thread prepares; few batches it runs itself, with all threads in each."""
+    seen: dict[str, list[tuple[threading.Thread, int]]] = {"prepare": [], "run_batch": []}
+    for name, calls in seen.items():
         plain = getattr(engine, name)
-        monkeypatch.setattr(
-            engine, name, lambda *a, plain=plain, threads=threads, **k: (threads.add(threading.current_thread()), plain(*a, **k))[1]
-        )
-    encoder._engine.beside = False
+
+        def told(*given: Any, plain: Any = plain, calls: list[Any] = calls, **more: Any) -> Any:
+            calls.append((threading.current_thread(), torch.get_num_threads()))
+            return plain(*given, **more)
+
+        monkeypatch.setattr(engine, name, told)
+    encoder._engine.share = engine.local(made._loaded, made.tokenizer).share
+    torch.set_num_threads(cores)
+    here = (threading.current_thread(), cores)
     encoder.encode(TEXTS)
-    assert seen["prepare"] == seen["run_batch"] == {threading.current_thread()}
+    assert set(seen["prepare"]) == {here}
+    others = set(seen["run_batch"]) - {here}
+    assert {threads for _, threads in others} == ({1} if cores == 2 else set())
+    assert here[0] not in {thread for thread, _ in others}
+    assert len(others) == (2 if cores == 2 else 0)
+    seen["run_batch"].clear()
+    encoder.encode(TEXTS[:2])
+    assert set(seen["run_batch"]) == {here}
+
+
+def test_who_wants_all_threads_is_let_in_before_those_that_share() -> None:
+    turns, order = Turns(), []
+    turns.enter()
+
+    def whole() -> None:
+        with turns.door, turns.room:
+            order.append("whole")
+
+    def share() -> None:
+        turns.enter()
+        order.append("share")
+        turns.leave()
+
+    first = threading.Thread(target=whole)
+    first.start()
+    while not turns.door.locked():
+        time.sleep(0.001)
+    second = threading.Thread(target=share)
+    second.start()
+    time.sleep(0.02)
+    assert order == []
+    turns.leave()
+    first.join()
+    second.join()
+    assert order == ["whole", "share"]
+    assert not turns.room.locked()
 
 
 def test_lanes_have_the_callers_number_of_threads(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +378,7 @@ import signal, sys, threading, time
 from pyembed import Encoder, engine
 engine.WINDOW_TEXTS = 8
 encoder = Encoder(sys.argv[1], device="cpu", dtype="float32")
-encoder._engine.beside = True
+encoder._engine.share = None
 texts = (f"w{n % 50} w{n % 7} " * 20 for n in range(10**9))
 """
 
