@@ -68,10 +68,15 @@ static inline void quantise_row(const Runs& x, int64_t row, int64_t K, int32_t* 
     }
 }
 
-// Row [K] as it is.
+// Row [K] as it is, wherever it starts: a float32 must not be read where only a bfloat16 is aligned.
 static inline void copy_row(const Runs& x, int64_t row, int64_t K, int32_t* to) {
     for (int64_t i = 0; i < K; i += 2 * W) {
-        store((float*)(to + i / (2 * PIECE) * GROUP * PIECE + i / 2 % PIECE), load_row((const float*)(x.at(row, i) - i), i / 2, K / 2));
+        int32_t* at = to + i / (2 * PIECE) * GROUP * PIECE + i / 2 % PIECE;
+        if (i + 2 * W <= K) {
+            __builtin_memcpy(at, x.at(row, i), 2 * W * sizeof(bf16));  // one load
+        } else {
+            __builtin_memcpy(at, x.at(row, i), size_t(K - i) * sizeof(bf16));
+        }
     }
 }
 
