@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from contest import CUT, Run, ours, shape_of_06b
 from measure import AGAIN, Case, Notes, interleaved, noise, spread
 
@@ -22,40 +19,32 @@ TEXTS = {"MiniLM": 600, "0.6B": 80}
 ROUNDS = {"MiniLM": 3, "0.6B": 2}
 
 
-def sharing(encoder: pyembed.Encoder, tokens: int) -> pyembed.Encoder:
-    """Another encoder on the same weights, with its own lock and so many tokens a batch (long texts still cost more)."""
-    twin = object.__new__(pyembed.Encoder)  # copy() would load the weights again
-    vars(twin).update(vars(encoder))
-    twin._engine = engine.local(replace(encoder._loaded, lock=threading.Lock()), encoder.tokenizer)
-    twin._engine.budget = replace(twin._engine.budget, tokens=tokens)
-    return twin
+def twin(encoder: pyembed.Encoder, tokens: int) -> pyembed.Encoder:
+    """Another encoder on the same weights, with so many tokens a batch (long texts still cost more)."""
+    made = object.__new__(pyembed.Encoder)  # copy() would load the weights again
+    vars(made).update(vars(encoder))
+    made._engine = engine.local(encoder._loaded, encoder.tokenizer)
+    made._engine.budget = replace(made._engine.budget, tokens=tokens)
+    return made
 
 
-def apart(encoders: Sequence[pyembed.Encoder], texts: list[str]) -> Callable[[], np.ndarray]:
-    """Every thread encodes its share of the texts, one in turn, on one torch thread."""
-    count = len(encoders)
-
-    def one(number: int, out: np.ndarray) -> None:
-        torch.set_num_threads(1)
-        out[number::count] = encoders[number].encode(texts[number::count])
-
-    def work() -> np.ndarray:
-        out = np.empty((len(texts), encoders[0].dim), dtype=np.float32)
-        with ThreadPoolExecutor(count) as pool:
-            for each in [pool.submit(one, number, out) for number in range(count)]:
-                each.result()
-        return out
-
-    return work
+def placed(encoder: pyembed.Encoder, texts: list[str], plenty: float) -> np.ndarray:
+    """Vectors of the texts, with one batch on each thread from so many batches a thread on."""
+    usual = engine.PLENTY
+    engine.PLENTY = plenty  # type: ignore[assignment]
+    try:
+        return np.asarray(encoder.encode(texts))
+    finally:
+        engine.PLENTY = usual
 
 
 def sweep(name: str, encoder: pyembed.Encoder, texts: list[str], threads: int, rounds: int) -> dict[str, Any]:
     """All budgets by both ways; their vectors have the same bits."""
     cases: dict[str, Case] = {}
     for tokens in BUDGETS[name]:
-        within = sharing(encoder, tokens)
-        cases[f"{tokens} tokens, {threads} threads in a batch"] = Case(lambda within=within: within.encode(texts))
-        cases[f"{tokens} tokens, one batch a thread"] = Case(apart([sharing(encoder, tokens) for _ in range(threads)], texts))
+        own = twin(encoder, tokens)
+        cases[f"{tokens} tokens, {threads} threads in a batch"] = Case(lambda own=own: placed(own, texts, math.inf))
+        cases[f"{tokens} tokens, one batch a thread"] = Case(lambda own=own: placed(own, texts, engine.PLENTY))
     first = next(iter(cases))
     cases[f"{first}{AGAIN}"] = cases[first]
     expected = cases[first].work()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import statistics
 import tempfile
 import time
@@ -19,6 +20,7 @@ from typing import Any
 
 from contest import CUT, Run, ours, shape_of_06b
 from measure import Notes, seconds
+from placement import placed
 
 import pyembed
 from pyembed.ops import Ops
@@ -86,14 +88,19 @@ def watched(encoder: pyembed.Encoder) -> Iterator[Clock]:
             setattr(owner, name, work)
 
 
+def together(encoder: pyembed.Encoder, texts: Sequence[str]) -> None:
+    """Encode with all threads in each batch, so that times of calls add up to the wall time."""
+    placed(encoder, list(texts), math.inf)
+
+
 def shares(encoder: pyembed.Encoder, texts: Sequence[str], rounds: int) -> dict[str, Any]:
     """Medians over the rounds, and each group's share of the wall time under the timers."""
-    encoder.encode(list(texts))
+    together(encoder, texts)
     plain, timed, groups = [], [], []
     for _ in range(rounds):
-        plain.append(seconds(lambda: encoder.encode(list(texts))))
+        plain.append(seconds(lambda: together(encoder, texts)))
         with watched(encoder) as clock:
-            timed.append(seconds(lambda: encoder.encode(list(texts))))
+            timed.append(seconds(lambda: together(encoder, texts)))
         groups.append(dict(clock.seconds) | {REST: timed[-1] - sum(clock.seconds.values())})
     middle = {name: statistics.median(each.get(name, 0.0) for each in groups) for name in groups[0]}
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import pyembed
+from pyembed import engine
 from pyembed.config import ModelConfig
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -172,13 +174,16 @@ def test_timers_count_a_call_once_and_go_away(tiny: pyembed.Encoder) -> None:
 
 
 def test_threads_apart_give_the_same_bits(tiny: pyembed.Encoder) -> None:
-    from placement import apart, sharing
+    from placement import placed, twin
 
     texts = [f"some text, number {n}" * (1 + n % 5) for n in range(41)]
-    twins = [sharing(tiny, 64) for _ in range(2)]
-    assert twins[0]._loaded.weights is tiny._loaded.weights and twins[0]._loaded.turns is not twins[1]._loaded.turns
-    assert twins[0]._engine.budget.tokens == 64 != tiny._engine.budget.tokens
-    assert np.array_equal(apart(twins, texts)(), tiny.encode(texts))
+    other = twin(tiny, 64)
+    assert other._loaded.weights is tiny._loaded.weights
+    assert other._engine.budget.tokens == 64 != tiny._engine.budget.tokens
+    usual = engine.PLENTY
+    for plenty in (1, math.inf):
+        assert np.array_equal(placed(other, texts, plenty), tiny.encode(texts))
+    assert usual == engine.PLENTY
 
 
 def test_what_is_refused_is_said(tiny: pyembed.Encoder, monkeypatch: pytest.MonkeyPatch) -> None:

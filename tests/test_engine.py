@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from pyembed import Encoder, engine
-from pyembed.runner import Turns, LaneLost, Loaded, Reads, Rows, Stop, Stopped
+from pyembed.runner import LaneLost, Loaded, Reads, Rows, Stop, Stopped, Turns
 
 TEXTS = [f"{checkpoints.sentence(n % 23 + 1, n)} w{n % 50}" for n in range(120)]
 FULL = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."

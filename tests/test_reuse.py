@@ -220,7 +220,7 @@ def test_the_last_layer_computes_what_is_read(
     encoder = Encoder(checkpoint(name), device="cpu", dtype="float32", pooling=pooling, backend=backend)
     rows: list[int] = []
     mlp = blocks.mlp
-    monkeypatch.setattr(blocks, "mlp", lambda x, *rest: (rows.append(len(x)), mlp(x, *rest))[1])
+    monkeypatch.setattr(blocks, "mlp", lambda x, *rest, **more: (rows.append(len(x)), mlp(x, *rest, **more))[1])
     pruned = encoder.encode(TEXTS)
     layers = encoder.spec.model.num_layers
     assert rows[: layers - 1] == [rows[0]] * (layers - 1)
@@ -234,7 +234,7 @@ def test_a_mean_without_its_prompt_is_all_that_the_last_layer_computes(checkpoin
     encoder = Encoder(checkpoint("llama-bidirectional"), device="cpu", dtype="float32", include_prompt=False)
     rows: list[int] = []
     mlp = blocks.mlp
-    monkeypatch.setattr(blocks, "mlp", lambda x, *rest: (rows.append(len(x)), mlp(x, *rest))[1])
+    monkeypatch.setattr(blocks, "mlp", lambda x, *rest, **more: (rows.append(len(x)), mlp(x, *rest, **more))[1])
     texts = checkpoints.sentences((3, 10, 19))
     pruned = encoder.encode(texts, prompt=PROMPT)
     assert (rows[0], rows[-1]) == (112, 32)  # 75 + 32 tokens, and 32 of them

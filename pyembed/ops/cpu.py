@@ -44,8 +44,8 @@ def _rows_out(x: Tensor, size: int, quant: Quant | None) -> tuple[Tensor | Quant
 
 
 def budget(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Budget:
-    """4096 tokens: `python bench/cpu.py MODEL CORPUS --only threads`, two Zen 4 cores."""
-    return Budget(4096, balance(config, rate=0.5))
+    """2048 tokens: `python bench/cpu.py MODEL CORPUS --only threads`, two Zen 4 cores."""
+    return Budget(2048, balance(config, rate=0.5))
 
 
 def schedule(lengths: Sequence[int]) -> Tensor:
