@@ -383,8 +383,9 @@ texts = (f"w{n % 50} w{n % 7} " * 20 for n in range(10**9))
 """
 
 
-def test_ctrl_c_ends_a_call_and_leaves_no_thread(checkpoint_of_module: Path) -> None:
-    script = SCRIPT + textwrap.dedent(
+@pytest.mark.parametrize("serves", ["encoder._engine.share = None", "import torch; torch.set_num_threads(2)"])
+def test_ctrl_c_ends_a_call_and_leaves_no_thread(checkpoint_of_module: Path, serves: str) -> None:
+    script = SCRIPT.replace("encoder._engine.share = None", serves) + textwrap.dedent(
         """
         threading.Timer(1.0, signal.raise_signal, [signal.SIGINT]).start()
         try:
@@ -425,7 +426,7 @@ def test_a_stream_that_is_left_as_it_stands_does_not_keep_the_process(checkpoint
     assert not done.stderr
 
 
-def interrupted(encoder: Encoder, at: int) -> bool:
+def interrupted(encoder: Encoder, texts: list[str], at: int) -> bool:
     """Whether `encode` comes to its line number `at` in the engine or the runner, where it is interrupted."""
     lines = 0
 
@@ -440,7 +441,7 @@ def interrupted(encoder: Encoder, at: int) -> bool:
 
     sys.settrace(trace)
     try:
-        encoder.encode(TEXTS[:3])
+        encoder.encode(texts)
     except KeyboardInterrupt:
         return True
     finally:
@@ -448,11 +449,19 @@ def interrupted(encoder: Encoder, at: int) -> bool:
     return False
 
 
-def test_an_interrupt_anywhere_leaves_the_encoder_usable(encoder: Encoder) -> None:
-    right, count = encoder.encode(TEXTS[:3]), 0
+@pytest.mark.parametrize("shares", [False, True], ids=["in the caller's thread", "a batch on each core"])
+def test_an_interrupt_anywhere_leaves_the_encoder_usable(
+    encoder: Encoder, made: Encoder, monkeypatch: pytest.MonkeyPatch, shares: bool
+) -> None:
+    texts = TEXTS[:9] if shares else TEXTS[:3]
+    if shares:
+        monkeypatch.setattr(engine, "PLENTY", 1)
+        encoder._engine.share = engine.local(made._loaded, made.tokenizer).share
+        torch.set_num_threads(2)
+    right, count = encoder.encode(texts), 0
     for at in range(1, 400, 3):
-        count += interrupted(encoder, at)
-        assert np.array_equal(encoder.encode(TEXTS[:3]), right)
+        count += interrupted(encoder, texts, at)
+        assert np.array_equal(encoder.encode(texts), right)
     assert count > 20
 
 
