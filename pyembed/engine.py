@@ -166,7 +166,7 @@ class Ticket:
 
 
 class Line:
-    """The threads of one call, started when a second window is in sight."""
+    """The threads of one call, started when there is enough for them to do."""
 
     def __init__(self, engine: Engine, job: Job, advance: Advance | None) -> None:
         self.engine, self.job, self.advance = engine, job, advance
@@ -176,7 +176,7 @@ class Line:
         self.caller = threading.current_thread()
         self.closed = False
         self.deserted = False  # a thread has ended before the call
-        self.lock = threading.Lock()
+        self.lock, self.ready = threading.Lock(), threading.Semaphore(0)
         self.marked: Marked = (set(), set())
 
     def start(self, chunk: Chunk, *, only: bool) -> Ticket:
@@ -187,19 +187,27 @@ class Line:
             return ticket
         threads = torch.get_num_threads()
         if self.engine.share is not None or (only and len(self.engine.lanes) == 1):
-            ticket.work = prepare(self.engine, self.job, chunk.inputs, chunk.numbers, only=True)
-            whole = self.side_by_side(ticket, threads, only=only) if self.engine.share is not None and threads > 1 else ticket.work.batches
-            for batch in whole:
-                self.run_batch(ticket.work, batch)
-            if ticket.left == 0:
-                ticket.done.set()
+            try:
+                self.run_here(ticket, threads, only=only)
+            except Exception as error:  # told when it is this window's turn
+                ticket.fail(error)
             return ticket
         self.employ([(self.windows, threads), *[(self.batches, threads)] * len(self.engine.lanes)])
         self.windows.put(partial(self.prepare, ticket, only))
         return ticket
 
+    def run_here(self, ticket: Ticket, threads: int, *, only: bool) -> None:
+        """Prepare a window in the caller's thread, and run what of it is not run side by side."""
+        ticket.work = prepare(self.engine, self.job, ticket.chunk.inputs, ticket.chunk.numbers, only=True)
+        shares = self.engine.share is not None and threads > 1
+        for batch in self.side_by_side(ticket, threads, only=only) if shares else ticket.work.batches:
+            self.run_batch(ticket.work, batch)
+        with self.lock:
+            if ticket.left == 0:
+                ticket.done.set()
+
     def side_by_side(self, ticket: Ticket, threads: int, *, only: bool) -> list[list[int]]:
-        """Have a window's batches run one on each thread, where there are enough for all to end at about the same time; the others."""
+        """Have a window's batches run one on each thread, where all will end at about the same time; returns the others."""
         assert ticket.work is not None
         batches = ticket.work.batches
         if len(batches) < PLENTY * threads and not self.threads:
@@ -216,10 +224,16 @@ class Line:
 
     def employ(self, tasks: list[tuple[SimpleQueue[Callable[[], None]], int]]) -> None:
         """Start the call's threads, unless they are there: each takes from a queue, and computes on so many threads of its own."""
-        for queue, threads in [] if self.threads else tasks:
-            thread = threading.Thread(target=self.loop, args=(queue, threads))
-            thread.start()
-            self.threads.append(thread)
+        usual, before = torch.get_num_threads(), len(self.threads)
+        try:
+            for queue, threads in [] if self.threads else tasks:
+                thread = threading.Thread(target=self.loop, args=(queue, threads))
+                thread.start()
+                self.threads.append(thread)
+        finally:  # what a thread sets for itself is also where threads that start later begin: ours is set again, last
+            for _ in self.threads[before:]:
+                self.ready.acquire()
+            torch.set_num_threads(usual)
 
     def result(self, ticket: Ticket) -> Window:
         """What a window gave, once it is done."""
@@ -255,7 +269,9 @@ class Line:
         return self.closed or not (self.caller.is_alive() or threading.main_thread().is_alive())
 
     def loop(self, tasks: SimpleQueue[Callable[[], None]], threads: int) -> None:
-        torch.set_num_threads(threads)  # each thread has its own number
+        torch.set_num_threads(threads)
+        torch.get_num_threads()  # from here on the thread has its own number: asked for the first time, it is the last one that was set
+        self.ready.release()
         while not self.stopped():
             try:
                 task = tasks.get(timeout=POLL)
@@ -283,8 +299,8 @@ class Line:
             return
         with self.lock:
             ticket.left -= 1
-        if ticket.left == 0:
-            ticket.done.set()
+            if ticket.left == 0:
+                ticket.done.set()
 
     def run_batch(self, work: Work, batch: list[int], losses: int = 0) -> None:
         """Run a batch on the next free lane and place what comes; in halves where memory runs out or lanes are lost over it."""

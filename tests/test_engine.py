@@ -125,6 +125,27 @@ def test_on_a_cpu_each_core_has_a_batch_where_there_are_enough(
     assert set(seen["run_batch"]) == {here}
 
 
+def test_batches_on_each_core_leave_other_threads_their_number(encoder: Encoder, made: Encoder) -> None:
+    encoder._engine.share = engine.local(made._loaded, made.tokenizer).share
+    torch.set_num_threads(2)
+    encoder.encode(TEXTS)
+    seen: list[int] = []
+    later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert seen == [2] == [torch.get_num_threads()]
+
+
+def test_a_bad_text_comes_after_the_windows_before_it_on_each_core(encoder: Encoder, made: Encoder, expected: np.ndarray) -> None:
+    encoder._engine.share = engine.local(made._loaded, made.tokenizer).share
+    torch.set_num_threads(2)
+    given: list[np.ndarray] = []
+    with pytest.raises(TypeError, match="25"):
+        given.extend(encoder.stream(iter([*TEXTS[:25], 7])))  # type: ignore[list-item]
+    assert np.array_equal(np.stack(given), expected[: len(given)])
+    assert len(given) == 20
+
+
 def test_who_wants_all_threads_is_let_in_before_those_that_share() -> None:
     turns, order = Turns(), []
     turns.enter()

@@ -3,7 +3,7 @@
 //
 // Threads take blocks of rows, or, of few rows, ranges of panels. Work: 2 * in * out FLOPs a row and layer; weights are read once a block.
 
-constexpr int64_t BLOCK = 20;      // groups of rows of one layer that a thread takes at once: packed, they stay in the second-level cache
+constexpr int64_t BLOCK = 20;      // groups of rows of one layer that a thread takes at once: packed, of up to 2,048 inputs they stay in the second-level cache
 constexpr int64_t PAIR_BLOCK = 8;  // of two layers, with the first one's results
 constexpr int64_t FEW = 256;       // rows of one layer up to which threads divide its columns
 

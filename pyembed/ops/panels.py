@@ -19,7 +19,7 @@ from pyembed.ops import Norm
 from pyembed.ops.checks import check, check_rows_apart, norm_argument
 
 PANEL: int = _cpu.PANEL
-PAIR_ROWS = 96  # a thread: rows below which two layers are run one after the other, each divided by columns
+PAIR_ROWS = 96  # a thread: rows below which two layers are run one after the other, so that columns can be divided too
 # the numbers of Act in csrc/params.h
 _GATED = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _PLAIN = {"gelu": 3, "gelu_tanh": 4, "relu": 5}

@@ -43,7 +43,7 @@ def _maybe_quantise(x: Tensor, dtype: torch.dtype, quant: Quant | None) -> Tenso
 
 
 def budget(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Budget:
-    """What one batch should hold. Whatever comes: these numbers are those of the C++ kernels, and no promise of speed is made here."""
+    """What one batch should hold. No promise of speed is made here."""
     return Budget(4096, balance(config, rate=0.5))
 
 
