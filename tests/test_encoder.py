@@ -170,7 +170,7 @@ def test_similarity_is_the_peers(minilm, encoder):
 def test_batches_keep_to_the_budget_and_to_batch_size(minilm, monkeypatch):
     seen = []
     original = engine.run_batch
-    monkeypatch.setattr(engine, "run_batch", lambda *given: (seen.append([len(i) for i in given[2].ids]), original(*given))[1])
+    monkeypatch.setattr(engine, "run_batch", lambda *g, **more: (seen.append([len(i) for i in g[2].ids]), original(*g, **more))[1])
     encoder = Encoder(minilm, tokens_per_batch=64)
     encoder.encode(["word " * n for n in range(1, 90, 7)])
     assert all(sum(lengths) <= 64 or len(lengths) == 1 for lengths in seen)
@@ -208,11 +208,11 @@ def test_many_characters_end_a_window(monkeypatch):
 def test_running_out_of_memory_halves_the_batch_and_is_remembered(minilm, monkeypatch):
     encoder, original, refused = Encoder(minilm), engine.run_batch, []
 
-    def scarce(model, reads, rows, stop):
+    def scarce(model, reads, rows, stop, **more):
         if len(rows.ids) > 2:
             refused.append(len(rows.ids))
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
-        return original(model, reads, rows, stop)
+        return original(model, reads, rows, stop, **more)
 
     expected = encoder.encode(TEXTS)
     monkeypatch.setattr(engine, "run_batch", scarce)
@@ -221,7 +221,7 @@ def test_running_out_of_memory_halves_the_batch_and_is_remembered(minilm, monkey
     assert np.array_equal(encoder.encode(TEXTS), expected)
     assert refused == [6, 3], "the next call begins with batches that fit"
 
-    def hopeless(*given):
+    def hopeless(*given, **more):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(engine, "run_batch", hopeless)
@@ -230,7 +230,7 @@ def test_running_out_of_memory_halves_the_batch_and_is_remembered(minilm, monkey
 
 
 def test_other_runtime_errors_are_not_swallowed(encoder, monkeypatch):
-    def broken(*given):
+    def broken(*given, **more):
         raise RuntimeError("something else")
 
     monkeypatch.setattr(engine, "run_batch", broken)
