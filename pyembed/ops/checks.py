@@ -48,6 +48,14 @@ def check_rows_apart(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} is written, so its rows must not overlap, got strides {x.stride()} for shape {list(x.shape)}")
 
 
+def residual_argument(residual: Tensor | None, dtype: torch.dtype, *shape: int) -> tuple[int, int]:
+    """Address and row stride of a residual stream, which is written; zeros for none."""
+    if residual is None:
+        return 0, 0
+    check_rows_apart("residual", check("residual", residual, dtype, *shape))
+    return residual.data_ptr(), residual.stride(0)
+
+
 def norm_argument(norm: Norm | None, size: int) -> NormArgument:
     if norm is None:
         return None

@@ -18,7 +18,7 @@ import pyembed._cpu as _cpu
 from pyembed.config import ModelConfig
 from pyembed.ops import POOL_MODES, DistanceBias, Norm, PoolMode, Prefix, Quant, Quantised, reference
 from pyembed.ops.budget import Budget, balance
-from pyembed.ops.checks import check, check_rows_apart, check_whole, dtype_number, no_kernel, norm_argument
+from pyembed.ops.checks import check, check_rows_apart, check_whole, dtype_number, no_kernel, norm_argument, residual_argument
 from pyembed.ops.panels import int8 as int8
 from pyembed.ops.panels import linear as linear
 from pyembed.ops.reference import latent_attention as latent_attention
@@ -95,13 +95,10 @@ def embed(
 def _add_norm(x: Tensor, norm: Norm, residual: Tensor | None, quant: Quant | None) -> Tensor | Quantised:
     dtype = dtype_number(x)
     rows, width = check("x", x, x.dtype, -1, -1).shape
-    stream, stream_stride = 0, 0
-    if residual is not None:
-        check_rows_apart("residual", check("residual", residual, x.dtype, rows, width))
-        stream, stream_stride = residual.data_ptr(), residual.stride(0)
+    stream = residual_argument(residual, x.dtype, rows, width)
     out, values, scale, kind = _rows_out(x, width, quant)
     _cpu.norm(
-        dtype, torch.get_num_threads(), x.data_ptr(), rows, width, x.stride(0), stream, stream_stride,
+        dtype, torch.get_num_threads(), x.data_ptr(), rows, width, x.stride(0), *stream,
         norm_argument(norm, width), values, scale, kind,
     )  # fmt: skip
     return out

@@ -16,7 +16,7 @@ from pyembed.int8 import Int8
 from pyembed.linear import Affine, Chain
 from pyembed.linear import linear as by_library
 from pyembed.ops import Norm
-from pyembed.ops.checks import check, check_rows_apart, norm_argument
+from pyembed.ops.checks import check, norm_argument, residual_argument
 
 PANEL: int = _cpu.PANEL
 PAIR_ROWS = 96  # a thread: rows below which two layers are run one after the other, so that columns can be divided too
@@ -68,16 +68,13 @@ def run(x: Tensor, first: Panels, act: str | None, second: Panels | None, norm: 
     out = first.out_features if second is None else second.out_features
     if second is not None and second.in_features != first.out_features:
         raise ValueError(f"the second layer takes {second.in_features} columns, but the first gives {first.out_features}")
-    stream, stride = 0, 0
-    if residual is not None:
-        if norm is None:
-            raise ValueError("residual was given without a norm")
-        check_rows_apart("residual", check("residual", residual, torch.bfloat16, rows, out))
-        stream, stride = residual.data_ptr(), residual.stride(0)
+    if residual is not None and norm is None:
+        raise ValueError("residual was given without a norm")
+    stream = residual_argument(residual, torch.bfloat16, rows, out)
     y = torch.empty((rows, out), dtype=torch.bfloat16, device="cpu")
     _cpu.linear(
         torch.get_num_threads(), x.data_ptr(), rows, x.stride(0), first.argument(act), None if second is None else second.argument(None),
-        stream, stride, norm_argument(norm, out), y.data_ptr(),
+        *stream, norm_argument(norm, out), y.data_ptr(),
     )  # fmt: skip
     return y
 
