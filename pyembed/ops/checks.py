@@ -8,6 +8,9 @@ from torch import Tensor
 from pyembed.ops import Norm
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # numbers of Dtype in csrc/params.h
+# numbers of Act there, of gated activations and of others; the tanh variant follows the erf variant
+GATED = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+PLAIN = {"gelu": 3, "gelu_tanh": 4, "relu": 5}
 NormArgument = tuple[int, int, float, bool, bool] | None
 
 

@@ -18,7 +18,7 @@ import pyembed._cpu as _cpu
 from pyembed.config import ModelConfig
 from pyembed.ops import POOL_MODES, DistanceBias, Norm, PoolMode, Prefix, Quant, Quantised, reference
 from pyembed.ops.budget import Budget, balance
-from pyembed.ops.checks import check, check_rows_apart, check_whole, dtype_number, no_kernel, norm_argument, residual_argument
+from pyembed.ops.checks import GATED, PLAIN, check, check_rows_apart, check_whole, dtype_number, no_kernel, norm_argument, residual_argument
 from pyembed.ops.panels import int8 as int8
 from pyembed.ops.panels import linear as linear
 from pyembed.ops.reference import latent_attention as latent_attention
@@ -27,7 +27,6 @@ FROM_REFERENCE: tuple[str, ...] = ("latent_attention",)
 
 # The numbers of the enumerations in csrc/params.h.
 _QUANTS: dict[Quant | None, int] = {None: 0, "int8": 1, "fp8": 2}
-_SWIGLU, _GEGLU, _GELU = 0, 1, 3  # the tanh variant follows the erf variant
 _POOL_MODES: dict[PoolMode, int] = {"cls": 0, "max": 1, "mean": 2, "mean_sqrt_len_tokens": 3, "weightedmean": 4, "lasttoken": 5}
 
 
@@ -234,15 +233,15 @@ def _activation(kind: int, x: Tensor, gated: bool, quant: Quant | None) -> Tenso
 
 
 def swiglu(x: Tensor, *, quant: Quant | None = None) -> Tensor | Quantised:
-    return reference.swiglu(x, quant=quant) if no_kernel(x) else _activation(_SWIGLU, x, True, quant)
+    return reference.swiglu(x, quant=quant) if no_kernel(x) else _activation(GATED["silu"], x, True, quant)
 
 
 def geglu(x: Tensor, *, tanh: bool, quant: Quant | None = None) -> Tensor | Quantised:
-    return reference.geglu(x, tanh=tanh, quant=quant) if no_kernel(x) else _activation(_GEGLU + tanh, x, True, quant)
+    return reference.geglu(x, tanh=tanh, quant=quant) if no_kernel(x) else _activation(GATED["gelu"] + tanh, x, True, quant)
 
 
 def gelu(x: Tensor, *, tanh: bool, quant: Quant | None = None) -> Tensor | Quantised:
-    return reference.gelu(x, tanh=tanh, quant=quant) if no_kernel(x) else _activation(_GELU + tanh, x, False, quant)
+    return reference.gelu(x, tanh=tanh, quant=quant) if no_kernel(x) else _activation(PLAIN["gelu"] + tanh, x, False, quant)
 
 
 def pool(

@@ -16,14 +16,11 @@ from pyembed.int8 import Int8
 from pyembed.linear import Affine, Chain
 from pyembed.linear import linear as by_library
 from pyembed.ops import Norm
-from pyembed.ops.checks import check, norm_argument, residual_argument
+from pyembed.ops.checks import GATED, PLAIN, check, norm_argument, residual_argument
 
 PANEL: int = _cpu.PANEL
 PAIR_ROWS = 96  # a thread: rows below which two layers are run one after the other, so that columns can be divided too
-# the numbers of Act in csrc/params.h
-_GATED = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
-_PLAIN = {"gelu": 3, "gelu_tanh": 4, "relu": 5}
-_NONE = 6
+_NONE = 6  # of Act in csrc/params.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +39,7 @@ class Panels:
     @property
     def fuses(self) -> frozenset[str]:
         """The activations that `apply` takes; a gated layer needs one of them."""
-        return frozenset(_GATED if self.gated else _PLAIN)
+        return frozenset(GATED if self.gated else PLAIN)
 
     def apply(self, x: Tensor, *, act: str | None = None) -> Tensor:
         """x [rows, in_features] bfloat16 to [rows, out_features]."""
@@ -58,7 +55,7 @@ class Panels:
         return run(x, self, act, second, norm, residual)
 
     def argument(self, act: str | None) -> tuple[int, ...]:
-        number = _GATED[str(act)] if self.gated else _NONE if act is None else _PLAIN[act]
+        number = GATED[str(act)] if self.gated else _NONE if act is None else PLAIN[act]
         rest = (0 if each is None else each.data_ptr() for each in (self.scale, self.sums, self.bias))
         return self.words.data_ptr(), self.in_features, self.out_features, len(self.words), self.scale is not None, *rest, number
 
