@@ -19,10 +19,17 @@ struct Span {
     int64_t query, head;  // of the chunk's first lane; `query` counts from the tile's first
     int64_t lanes;        // of the chunk
 
-    void step() {
-        if (++query == queries) {
-            query = 0;
-            ++head;
+    // f(first, count) for each run of the next `count` lanes that belong to one head; goes beyond them.
+    template <class F>
+    void walk(int64_t count, const F& f) {
+        for (int64_t lane = 0, run; lane < count; lane += run) {
+            run = least(count - lane, queries - query);
+            f(lane, run);
+            query += run;
+            if (query == queries) {
+                query = 0;
+                ++head;
+            }
         }
     }
 };
@@ -39,14 +46,24 @@ static inline void load_queries(const AttentionParams& p, Span at, Chunk& c) {
         store(c.top + i * W, set1(-__builtin_inff()));
         store(c.total + i * W, zero());
         const T* from[W];
-        for (int l = 0; l < W; ++l) {
-            from[l] = (const T*)p.q.data + (at.token + at.query) * p.q.token_stride + at.head * p.q.head_stride;
-            c.position[i * W + l] = float(at.position + at.query);
-            c.row[i * W + l] = float(at.head * (2 * p.radius + 1));
-            if (i * W + l + 1 < at.lanes) at.step();  // idle lanes repeat the last
+        float *position = c.position + i * W, *row = c.row + i * W;
+        const int64_t used = least(W, at.lanes - i * W);
+        at.walk(used, [&](int64_t lane, int64_t count) {
+            const T* q = (const T*)p.q.data + (at.token + at.query) * p.q.token_stride + at.head * p.q.head_stride;
+            for (int64_t l = 0; l < count; ++l, q += p.q.token_stride) {
+                from[lane + l] = q;
+                position[lane + l] = float(at.position + at.query + l);
+                row[lane + l] = float(at.head * (2 * p.radius + 1));
+            }
+        });
+        for (int64_t l = used; l < W; ++l) {  // idle lanes repeat the last
+            from[l] = from[used - 1];
+            position[l] = position[used - 1];
+            row[l] = row[used - 1];
         }
         for (int64_t d = 0; d < words; d += W) {
             V rows[W];
+#pragma GCC unroll 16
             for (int l = 0; l < W; ++l) {
                 __builtin_prefetch(from[l] + d * L::PER_WORD + p.q.head_stride);
                 rows[l] = L::words(from[l], d, p.K);
@@ -65,10 +82,21 @@ static inline void store_queries(const AttentionParams& p, Span at, const Chunk&
         for (int64_t d = 0; !c.more[i] && d < p.K; ++d) store(c.o + d * LANES + i * W, zero());
         T* to[W];
         const int64_t used = least(W, at.lanes - i * W);
-        for (int64_t l = 0; l < used; ++l, at.step()) to[l] = (T*)p.out + ((at.token + at.query) * p.H + at.head) * p.K;
+        at.walk(used, [&](int64_t lane, int64_t count) {
+            T* row = (T*)p.out + ((at.token + at.query) * p.H + at.head) * p.K;
+            for (int64_t l = 0; l < count; ++l) to[lane + l] = row + l * p.H * p.K;
+        });
         const auto result = [&](int64_t d) { return load(c.o + d * LANES + i * W) * inverse; };
         if constexpr (L::PER_WORD == 2) {  // pairs are rounded into words, of which half as many are transposed and stored
-            for (int64_t d = 0; d < p.K; d += 2 * W) {
+            int64_t d = 0;
+            for (V rows[W]; d + 2 * W <= p.K && used == W; d += 2 * W) {
+#pragma GCC unroll 16
+                for (int r = 0; r < W; ++r) rows[r] = L::round_pair(result(d + 2 * r), result(d + 2 * r + 1));
+                transpose(rows);
+#pragma GCC unroll 16
+                for (int l = 0; l < W; ++l) store((float*)(to[l] + d), rows[l]);
+            }
+            for (; d < p.K; d += 2 * W) {
                 V rows[W];
                 for (int64_t r = 0; r < W; ++r) {
                     rows[r] = d + 2 * r < p.K ? L::round_pair(result(d + 2 * r), result(d + 2 * r + 1)) : zero();
@@ -133,7 +161,7 @@ static void attend(const AttentionParams& p, int64_t n, int64_t tile, int64_t ti
             span.lanes = least(LANES, left);
             spans[used] = span;
             load_queries<L, T>(p, span, chunks[used]);
-            for (int64_t l = 0; l < span.lanes; ++l) span.step();
+            span.walk(span.lanes, [](int64_t, int64_t) {});
         }
         for (int64_t first = seen_from, end; first < seen_to; first = end) {
             end = least(seen_to, (first / KEYS + 1) * KEYS);

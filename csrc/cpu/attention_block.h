@@ -83,62 +83,45 @@ static inline void pack_values(const Source<T>& from, int64_t first, int64_t cou
     }
 }
 
-// S[key][lane] = q . k over `count` words for BROADCAST keys and QV vectors of queries; added to what is there if `more`.
-template <class L, int QV>
-static inline void score_block(const float* q, const float* k, int64_t count, int64_t Kp, bool more, float* s) {
+// Sums over `count` words of x [count, LANES] times y, for BROADCAST rows of y and QV vectors of x; finish(row, vector, sum) takes each.
+template <class L, int QV, class F>
+static inline void products(const float* x, const float* y, int64_t row, int64_t word, int64_t count, const F& finish) {
     constexpr int R = BROADCAST<QV>;
-    V acc[R][QV];
+    V sums[R][QV];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int i = 0; i < QV; ++i) acc[r][i] = zero();
+        for (int i = 0; i < QV; ++i) sums[r][i] = zero();
     for (int64_t d = 0; d < count; ++d) {
-        V x[QV];
+        V own[QV];
 #pragma GCC unroll 4
-        for (int i = 0; i < QV; ++i) x[i] = load(q + d * LANES + i * W);
+        for (int i = 0; i < QV; ++i) own[i] = load(x + d * LANES + i * W);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const V y = set1(k[r * Kp + d]);
+            const V all = set1(y[r * row + d * word]);
 #pragma GCC unroll 4
-            for (int i = 0; i < QV; ++i) acc[r][i] = L::multiply_add(x[i], y, acc[r][i]);
+            for (int i = 0; i < QV; ++i) sums[r][i] = L::multiply_add(own[i], all, sums[r][i]);
         }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int i = 0; i < QV; ++i) {
-            float* at = s + r * LANES + i * W;
-            store(at, more ? load(at) + acc[r][i] : acc[r][i]);
-        }
+        for (int i = 0; i < QV; ++i) finish(r * LANES + i * W, i * W, sums[r][i]);
+}
+
+// S[key][lane] = q . k over `count` words for BROADCAST keys and QV vectors of queries; added to what is there if `more`.
+template <class L, int QV>
+__attribute__((noinline)) static void score_block(const float* q, const float* k, int64_t count, int64_t Kp, bool more, float* s) {
+    products<L, QV>(q, k, Kp, 1, count, [=](int at, int, V sum) { store(s + at, more ? load(s + at) + sum : sum); });
 }
 
 // O[d][lane] = O * shrink + P . V for BROADCAST dimensions and QV vectors of queries; O is not read unless there is `more`.
 template <class L, int QV>
-static inline void value_block(const float* p, const float* v, int64_t count, int64_t Kp, const float* shrink, bool more, float* o) {
-    constexpr int R = BROADCAST<QV>;
-    V acc[R][QV];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int i = 0; i < QV; ++i) acc[r][i] = zero();
-    for (int64_t j = 0; j < count; ++j) {
-        V x[QV];
-#pragma GCC unroll 4
-        for (int i = 0; i < QV; ++i) x[i] = load(p + j * LANES + i * W);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-            const V y = set1(v[j * Kp + r]);
-#pragma GCC unroll 4
-            for (int i = 0; i < QV; ++i) acc[r][i] = L::multiply_add(x[i], y, acc[r][i]);
-        }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int i = 0; i < QV; ++i) {
-            float* at = o + r * LANES + i * W;
-            store(at, more ? fma(load(at), load(shrink + i * W), acc[r][i]) : acc[r][i]);
-        }
+__attribute__((noinline)) static void value_block(const float* p, const float* v, int64_t count, int64_t Kp, const float* shrink,
+                                                  bool more, float* o) {
+    products<L, QV>(p, v, 1, Kp, count, [=](int at, int lane, V sum) {
+        store(o + at, more ? fma(load(o + at), load(shrink + lane), sum) : sum);
+    });
 }
 
 template <class L, int QV>
@@ -202,13 +185,14 @@ static inline void weigh(const Chunk& c, const Block& b, int i, int64_t count, f
     const V pivot = if_less(set1(-__builtin_inff()), top, top, zero());  // nothing seen yet: -inf - -inf would be NaN
     const V shrink = exp2_negative<float>(before - pivot);
     V sum = zero();
+    const auto weight_of = [&](int64_t j) { return exp2_negative<T>(load(s + j * LANES) * units - pivot); };
     for (int64_t j = 0; j < count; j += L::PER_WORD) {
-        const V weight = exp2_negative<T>(load(s + j * LANES) * units - pivot);
+        const V weight = weight_of(j);
         sum = sum + weight;
         if constexpr (L::PER_WORD == 1) {
             store(s + j * LANES, round_to<T>(weight));
         } else {
-            const V next = j + 1 < count ? exp2_negative<T>(load(s + (j + 1) * LANES) * units - pivot) : zero();
+            const V next = j + 1 < count ? weight_of(j + 1) : zero();
             sum = sum + next;
             store(s + j / 2 * LANES, L::round_pair(weight, next));
         }

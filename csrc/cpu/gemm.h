@@ -47,25 +47,37 @@ struct Runs {
 
 static inline int64_t pieces_of(int64_t words) { return (words + PIECE - 1) / PIECE; }
 
+// What to do with each W columns of row [K] and with the last ones, of which there may be fewer: f(values, column).
+template <class F>
+static inline void each_vector(const Runs& x, int64_t row, int64_t K, const F& f) {
+    const bf16* run = x.at(row, 0);
+    int64_t column = 0;
+    for (; column + PANEL <= K; column += PANEL, run += x.run_stride) {
+#pragma GCC unroll 8
+        for (int i = 0; i < PANEL; i += W) f(load(run + i), column + i);
+    }
+    for (int64_t i = 0; column + i < K; i += W) f(load_row(run, i, K - column), column + i);
+}
+
 // Row [K] of group x to unsigned bytes, value = (byte - zero) * scale. A row that is not finite gets a scale of NaN.
 static inline void quantise_row(const Runs& x, int64_t row, int64_t K, int32_t* to, float* scale, int32_t* zero_point) {
     V low = zero(), high = zero(), poison = zero();
-    for (int64_t i = 0; i < K; i += W) {
-        const V v = load_row(x.at(row, i) - i, i, K);
+    each_vector(x, row, K, [&](V v, int64_t) {
         low = min(v, low);
         high = max(v, high);
         poison = fma(v, zero(), poison);
-    }
+    });
     const float below = largest(zero() - low), span = largest(high) + below;
     const float bounded = span > 1e-30f ? span : 1e-30f, inverse = 255.0f / bounded;
     const float offset = (below * inverse + 12582912.0f) - 12582912.0f;  // rounded to even
     *scale = bounded / 255.0f + (sum(poison) + (bounded - bounded));
     *zero_point = offset >= 0 && offset <= 255 ? int32_t(offset) : 0;
     const V factor = set1(inverse);
-    for (int64_t i = 0; i < K; i += W) {
-        uint8_t* at = (uint8_t*)(to + i / (4 * PIECE) * GROUP * PIECE) + i % (4 * PIECE);
-        store_bytes(at, load_row(x.at(row, i) - i, i, K) * factor, *zero_point);
-    }
+    const int32_t shift = *zero_point;
+    each_vector(x, row, K, [&](V v, int64_t column) {
+        const uint64_t byte = uint64_t(column);
+        store_bytes((uint8_t*)(to + byte / (4 * PIECE) * GROUP * PIECE) + byte % (4 * PIECE), v * factor, shift);
+    });
 }
 
 // Row [K] as it is, wherever it starts: a float32 must not be read where only a bfloat16 is aligned.

@@ -37,6 +37,11 @@ static inline V ldexp(V a, V n) {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
 }
 static inline V ldexp_or_zero(V a, V n) { return if_less(n, set1(-126.0f), zero(), ldexp(a, n)); }
+static inline V above_floor(V a) {
+    const V bounded = max(set1(-200.0f), a);
+    return bounded - _mm256_floor_ps(bounded);
+}
+static inline V times_exp2_floor(V a, V x) { return ldexp_or_zero(a, _mm256_floor_ps(max(set1(-200.0f), x))); }
 static inline V gather(const float* table, V index) { return _mm256_i32gather_ps(table, _mm256_cvtps_epi32(index), 4); }
 static inline V zip_low(V a, V b) { return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20); }
 static inline V zip_high(V a, V b) { return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31); }

@@ -31,6 +31,8 @@ static inline V ldexp(V a, V n) {
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
 }
 static inline V ldexp_or_zero(V a, V n) { return _mm512_scalef_ps(a, n); }
+static inline V above_floor(V a) { return _mm512_reduce_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }  // 0 for infinity
+static inline V times_exp2_floor(V a, V x) { return _mm512_scalef_ps(a, x); }
 static inline V gather(const float* table, V index) { return _mm512_i32gather_ps(_mm512_cvtps_epi32(index), table, 4); }
 static inline V zip_low(V a, V b) {
     const VI order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);

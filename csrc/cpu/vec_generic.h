@@ -2,7 +2,8 @@
 //
 // Every vec_*.h defines the same names. `max` and `min` return b where either is NaN; `if_less` is false there. load_n and store_n
 // touch the first n < W elements only, and the other lanes read as zero. ldexp is a * 2^n for a normal result; ldexp_or_zero also takes a
-// smaller n, down to -200, where the result is 0, or may be a denormal number above 2^-150.
+// smaller n, down to -200, where the result is 0, or may be a denormal number above 2^-150. above_floor(x) and times_exp2_floor(a, x), for
+// x <= 0, are x - floor(x) and a * 2^floor(x); for -infinity 0 <= above_floor <= 1 and the product is 0.
 
 constexpr int W = 4;     // lanes
 constexpr int QMAX = 2;  // vectors of queries that attention holds in registers at once
@@ -48,6 +49,15 @@ static inline V round_even(V a) {  // |a| < 2^22
 }
 static inline V ldexp(V a, V n) { return (V)((VI)a + (__builtin_convertvector(n, VI) << 23)); }
 static inline V ldexp_or_zero(V a, V n) { return if_less(n, set1(-126.0f), zero(), ldexp(a, n)); }
+static inline V floor(V a) {
+    const V n = round_even(a);
+    return n > a ? n - 1.0f : n;
+}
+static inline V above_floor(V a) {
+    const V bounded = max(set1(-200.0f), a);
+    return bounded - floor(bounded);
+}
+static inline V times_exp2_floor(V a, V x) { return ldexp_or_zero(a, floor(max(set1(-200.0f), x))); }
 static inline V gather(const float* table, V index) {
     const VI i = __builtin_convertvector(index, VI);
     return V{table[i[0]], table[i[1]], table[i[2]], table[i[3]]};
