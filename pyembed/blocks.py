@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyembed.batch import Kept, PackedBatch
 from pyembed.config import ModelConfig
-from pyembed.linear import Affine, chained
+from pyembed.linear import Linear, chained
 from pyembed.ops import DistanceBias, Norm, Ops, Prefix
 
 Stream = tuple[Tensor, Tensor | None]  # hidden [T, D], delta [T, D]
@@ -33,10 +33,10 @@ class Shared:
 class PerLayer:
     """A sub-block after the MLP that mixes the embeddings in once more. P: per_layer_dim."""
 
-    project: Affine  # D -> P, on the scaled embeddings; this layer's rows of a matrix for all layers
+    project: Linear  # D -> P, on the scaled embeddings; this layer's rows of a matrix for all layers
     project_norm: Norm  # weight [P]
-    gate: Affine  # D -> P
-    out: Affine  # P -> D
+    gate: Linear  # D -> P
+    out: Linear  # P -> D
     norm: Norm
     scale: float  # of the residual stream, at the layer's end
 
@@ -45,10 +45,10 @@ class PerLayer:
 class Layer:
     num_key_value_heads: int  # G
     head_dim: int  # K
-    qkv: tuple[Affine, ...]  # D -> (H + 2 G) * K; in the last layer queries apart, D -> H * K and D -> 2 G * K
-    out: Affine  # H * K -> D
-    up: Affine  # D -> 2 F, rows [gate; up], or D -> F
-    down: Affine  # F -> D
+    qkv: tuple[Linear, ...]  # D -> (H + 2 G) * K; in the last layer queries apart, D -> H * K and D -> 2 G * K
+    out: Linear  # H * K -> D
+    up: Linear  # D -> 2 F, rows [gate; up], or D -> F
+    down: Linear  # F -> D
     attention_norm: Norm  # before attention; after it in a post-norm block
     mlp_norm: Norm  # a parallel block may have one object for both
     post_attention_norm: Norm | None  # sandwich blocks
@@ -67,7 +67,7 @@ def norm(x: Tensor, weights: Norm, ops: Ops, *, residual: Tensor | None = None) 
     return cast("Tensor", op(x, weights, residual=residual))
 
 
-def normed(x: Tensor, linear: Affine, weights: Norm, ops: Ops, *, residual: Tensor | None = None) -> Tensor:
+def normed(x: Tensor, linear: Linear, weights: Norm, ops: Ops, *, residual: Tensor | None = None) -> Tensor:
     """The norm of linear(x), or of residual + linear(x), which then also stands in `residual`."""
     if chained(linear):
         return linear.chain(x, norm=weights, residual=residual)

@@ -31,6 +31,7 @@ from pyembed.window import Marked, Window, Work, finish, place, prepare, room, r
 WINDOW_TEXTS = 1024  # texts in flight: what an interrupt loses, and what a stream reads before its first vector
 WINDOW_CHARACTERS = 1 << 18
 AHEAD = 2  # windows under way: one that is run, and one that is read and prepared meanwhile
+CORES = 8  # threads of a CPU that a window of so many texts keeps busy; one that has more reads larger ones
 PLENTY = 2  # batches for each thread of a CPU from which a window is run with one batch on each
 LOSSES = 3  # lanes that may be lost over a text, with others and alone, before it is an error
 
@@ -44,8 +45,8 @@ def local(model: Loaded, tokenizer: Tokenizer) -> Engine:
     def lane(reads: Reads, rows: Rows, stop: Stop) -> Made:
         return run_batch(model, reads, rows, stop)
 
-    def share(reads: Reads, rows: Rows, stop: Stop) -> Made:
-        return run_batch(model, reads, rows, stop, share=True)
+    def share(reads: Reads, rows: Rows, stop: Stop, most: int) -> Made:
+        return run_batch(model, reads, rows, stop, share=most)
 
     budget, reuses = model.ops.budget(model.spec.model, model.dtype, model.device), model.prefixes is not None
     given = (model.spec, tokenizer, (lane,), (model.device,), (model.ops,), model.dtype, model.adapter, budget, reuses, model)
@@ -112,7 +113,8 @@ def run(
     exception comes after the results of the windows before it.
     """
     line = Line(engine, job, advance)
-    source, more, begun, failure = windows(inputs, job.budget.windows, once=once), True, False, None
+    times = 1 if engine.share is None else -(-torch.get_num_threads() // CORES)
+    source, more, begun, failure = windows(inputs, max(job.budget.windows, times), once=once), True, False, None
     under_way: deque[Ticket] = deque()
     waits = True
     try:
@@ -302,14 +304,17 @@ class Line:
             if ticket.left == 0:
                 ticket.done.set()
 
-    def run_batch(self, work: Work, batch: list[int], losses: int = 0) -> None:
-        """Run a batch on the next free lane and place what comes; in halves where memory runs out or lanes are lost over it."""
+    def run_batch(self, work: Work, batch: list[int], losses: int = 0, *, whole: bool = False) -> None:
+        """Run a batch on the next free lane and place what comes; in halves where memory runs out or lanes are lost over it. `whole`: with
+        no other beside it.
+        """
         tokens, fits = room(work, batch), self.engine.fits
         if fits is not None and tokens > fits and len(batch) > 1:
             return self.halves(work, batch, losses)
+        beside = not whole and self.engine.share is not None and threading.current_thread() in self.threads
         alone = f"Input {work.numbers[work.owner[batch[0]]]}" if len(batch) == 1 else ""
         try:
-            made = self.on_a_lane(rows_of(work, batch))
+            made = self.on_a_lane(rows_of(work, batch), beside=beside)
         except LaneLost as error:
             if alone and losses + 1 >= LOSSES:
                 raise RuntimeError(f"{alone} ends every worker process that runs it; the last: {error}") from error
@@ -318,17 +323,20 @@ class Line:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
+            if alone and beside:  # the others may have taken the memory
+                return self.run_batch(work, batch, losses, whole=True)
             if alone:
                 raise MemoryError(f"{alone} alone, {tokens:,} tokens, does not fit into memory; lower max_seq_length. ({error})") from error
             self.shrink(tokens)
             return self.halves(work, batch, losses)
         return self.report(place(self.engine, self.job, work, batch, made))
 
-    def on_a_lane(self, rows: Rows) -> Made:
-        """Run a batch on a lane that no other call uses. One lane has a lock of its own."""
+    def on_a_lane(self, rows: Rows, *, beside: bool) -> Made:
+        """Run a batch on a lane that no other call uses, or beside others. One lane has a lock of its own."""
         lanes, ours = self.engine.lanes, threading.current_thread() in self.threads
-        if self.engine.share is not None and ours:
-            made = self.engine.share(self.job.reads, rows, self.stopped)
+        if beside:
+            assert self.engine.share is not None
+            made = self.engine.share(self.job.reads, rows, self.stopped, len(self.threads))
             return made._replace(seconds=made.seconds / len(self.threads))
         if len(lanes) == 1:
             # not `stopped` in the caller's own thread: an interrupt inside is_alive makes Python take a thread for dead

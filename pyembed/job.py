@@ -30,6 +30,7 @@ class Wordings:
 
 Input = Text | Wordings  # a text, its token ids, or a text in several wordings
 Lane = Callable[[Reads, Rows, Stop], Made]  # what runs one batch at a time: a device of this process, or a worker process
+Share = Callable[[Reads, Rows, Stop, int], Made]  # what runs a batch beside others, at most so many at a time
 
 
 def wordings(each: Input) -> tuple[Text, ...]:
@@ -90,7 +91,7 @@ class Engine:
     budget: Budget
     reuses: bool  # a prompt's states are kept, and texts that begin with it share them
     local: Loaded | None  # the model, where it is in this process
-    share: Lane | None = None  # of this process's CPU: a batch on one thread, beside others; no threads tokenise beside these
+    share: Share | None = None  # of this process's CPU: a batch on one thread, beside others; no threads tokenise beside these
     errors: dict[str, float] = field(default_factory=dict)  # of each linear layer in int8 (quantising.py)
     fits: int | None = None  # tokens of a batch: half of the smallest that ran out of memory
     stats: Stats = field(default_factory=Stats)

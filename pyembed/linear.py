@@ -20,7 +20,7 @@ FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu
 Read = Callable[[], tuple[Tensor, Tensor | None]]  # a weight, which the next call may overwrite, and a bias
 
 
-class Affine(Protocol):
+class Linear(Protocol):
     """y = x W^T + b, whatever it is stored in."""
 
     chains: ClassVar[bool]  # whether it is a Chain
@@ -33,7 +33,7 @@ class Affine(Protocol):
         """x [rows, in_features] to [rows, out_features], with `act` on top; `act` must be in `fuses`."""
 
 
-class Chain(Affine, Protocol):
+class Chain(Linear, Protocol):
     """One that also computes what comes after it, while the rows are in cache."""
 
     def chain(
@@ -42,14 +42,14 @@ class Chain(Affine, Protocol):
         """`apply`; then, where they are given, `second`, and the norm of residual + that, which then also stands in `residual`."""
 
 
-def chained(layer: Affine) -> TypeGuard[Chain]:
+def chained(layer: Linear) -> TypeGuard[Chain]:
     """Whether a layer is a Chain: told by a flag, since isinstance of a Protocol takes as long as a small layer."""
     return layer.chains
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
-    """y = x W^T + b. `packed`: the weight is in oneDNN's blocked layout, which only its own GEMM reads."""
+class Dense:
+    """y = x W^T + b by a GEMM of the library. `packed`: the weight is in oneDNN's blocked layout, which only its own GEMM reads."""
 
     chains: ClassVar[bool] = False
     weight: Tensor  # [out_features, in_features], or that packed
@@ -78,13 +78,13 @@ def packable(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)
 
 
-def linear(weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Linear:
-    """A Linear of a weight [out_features, in_features] on its device, packed once where that measures faster.
+def linear(weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Dense:
+    """A Dense layer of a weight [out_features, in_features] on its device, packed once where that measures faster.
 
-    A packed Linear never shares memory with `weight`, which the caller may use again.
+    What is packed never shares memory with `weight`, which the caller may use again.
     """
     packed = packable(weight.device, weight.dtype)
     if packed:
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         weight = reordered if reordered.is_mkldnn else weight.clone()
-    return Linear(weight, bias, packed, gated)
+    return Dense(weight, bias, packed, gated)

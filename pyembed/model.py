@@ -13,7 +13,7 @@ from pyembed.batch import Kept, PackedBatch
 from pyembed.blocks import BLOCKS, Layer, Shared, mix_embeddings, rows_of
 from pyembed.config import ModelConfig
 from pyembed.latent import Latent
-from pyembed.linear import Affine, Linear
+from pyembed.linear import Linear
 from pyembed.ops import Norm, Ops
 from pyembed.prefix import Prefixes
 from pyembed.rope import Rotary
@@ -45,7 +45,7 @@ class Weights:
     spare_rows: bool = True  # the layers want rows up to a multiple of 16, for a row to have the same bits in any batch
 
 
-def linears(weights: Weights) -> Iterator[Affine]:
+def linears(weights: Weights) -> Iterator[Linear]:
     """The linear layers that meet every token, or may."""
     for layer in weights.layers:
         yield from (*layer.qkv, layer.out, layer.up, layer.down)

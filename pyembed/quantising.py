@@ -21,7 +21,7 @@ from torch import Tensor
 from pyembed.batch import pack
 from pyembed.blocks import Layer, PerLayer
 from pyembed.int8 import int8
-from pyembed.linear import Affine, Read
+from pyembed.linear import Linear, Read
 from pyembed.model import Weights, forward
 from pyembed.ops import Ops
 from pyembed.tensorfile import shorten
@@ -56,7 +56,7 @@ class Trial:
     tokens: int  # of the probe: the first rows, which count
     read: Read
     gated: bool
-    made: Affine | None = None
+    made: Linear | None = None
     error: float = 0.0
 
     @property

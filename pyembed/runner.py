@@ -68,12 +68,14 @@ class Turns:
     """A device's turns: one batch on all of its threads, or several side by side on one each. Who wants all of it is let in first."""
 
     def __init__(self) -> None:
-        self.door, self.room, self.counting = threading.Lock(), threading.Lock(), threading.Lock()
+        self.door, self.room, self.counting = threading.Lock(), threading.Lock(), threading.Condition()
         self.inside = 0
 
-    def enter(self) -> None:
-        """Begin a batch beside others. In threads that no interrupt reaches: one in here would leave the door shut."""
+    def enter(self, most: int) -> None:
+        """Begin a batch beside others, `most` with it. In threads that no interrupt reaches: one in here would leave the door shut."""
         with self.door, self.counting:
+            while self.inside >= most:
+                self.counting.wait()
             self.inside += 1
             if self.inside == 1:
                 self.room.acquire()
@@ -81,6 +83,7 @@ class Turns:
     def leave(self) -> None:
         with self.counting:
             self.inside -= 1
+            self.counting.notify()
             if self.inside == 0:
                 self.room.release()
 
@@ -101,10 +104,12 @@ class Loaded:
 
 
 @contextmanager
-def device_of(model: Loaded, *, share: bool = False) -> Iterator[None]:
-    """The model's device for one thread at a time, or a share of it; in the dtype it was loaded in whatever autocast says around us."""
+def device_of(model: Loaded, *, share: int = 0) -> Iterator[None]:
+    """The model's device for one thread at a time, or for so many that share it; in the dtype it was loaded in whatever autocast says
+    around us.
+    """
     if share:
-        model.turns.enter()
+        model.turns.enter(share)
         try:
             with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
                 yield
@@ -115,9 +120,9 @@ def device_of(model: Loaded, *, share: bool = False) -> Iterator[None]:
             yield
 
 
-def run_batch(model: Loaded, reads: Reads, rows: Rows, stop: Stop | None = None, *, share: bool = False) -> Made:
-    """Vectors or logits of the rows, and their token states if asked for. Stopped where `stop` says so between two layers. `share`: other
-    batches may run beside it.
+def run_batch(model: Loaded, reads: Reads, rows: Rows, stop: Stop | None = None, *, share: int = 0) -> Made:
+    """Vectors or logits of the rows, and their token states if asked for. Stopped where `stop` says so between two layers. `share`: so many
+    batches may run at once, this one among them; 0: it runs alone.
     """
     with device_of(model, share=share):
         start = time.perf_counter()

@@ -18,7 +18,7 @@ from pyembed.alibi import Alibi
 from pyembed.blocks import Layer, PerLayer
 from pyembed.config import DenseConfig, ModelConfig, TensorNames
 from pyembed.jsonfile import Fields
-from pyembed.linear import Affine, Linear, Read, linear, packable
+from pyembed.linear import Dense, Linear, Read, linear, packable
 from pyembed.model import Head, Weights
 from pyembed.ops import Norm
 from pyembed.rope import Rotary
@@ -218,7 +218,7 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     adapters: Sequence[Path] = (),
-    make: Callable[[Read, bool], Affine] = lambda read, gated: linear(*read(), gated=gated),
+    make: Callable[[Read, bool], Linear] = lambda read, gated: linear(*read(), gated=gated),
 ) -> Weights:
     """The weights of `directory`, with LoRA `adapters` merged in this order, on `device` in `dtype`; norms, the projection and Dense
     modules in float32. The head that gives logits is not among them (`load_vocabulary`). `make` makes the linear layers of the blocks,
@@ -247,7 +247,7 @@ def load(
             files.copy(part, place.unflatten(0, (3, config.num_heads, config.head_dim)).transpose(0, 1) if by_head else place)
         return merged
 
-    def linear_of(at: str, parts: Sequence[str], rows: slice = slice(None), *, by_head: bool = False, gated: bool = False) -> Affine:
+    def linear_of(at: str, parts: Sequence[str], rows: slice = slice(None), *, by_head: bool = False, gated: bool = False) -> Linear:
         def read() -> tuple[Tensor, Tensor | None]:
             weight = tensor(*(f"{at}{part}.weight" for part in parts), into=scratch, by_head=by_head)
             biased = f"{at}{parts[0]}.bias" in shapes
@@ -257,7 +257,7 @@ def load(
 
         return make(read, gated)
 
-    def queries_apart(at: str, parts: Sequence[str], queries: int, *, by_head: bool) -> tuple[Affine, ...]:
+    def queries_apart(at: str, parts: Sequence[str], queries: int, *, by_head: bool) -> tuple[Linear, ...]:
         return tuple(linear_of(at, parts, rows, by_head=by_head) for rows in (slice(0, queries), slice(queries, None)))
 
     def token_table() -> Tensor:
@@ -364,7 +364,7 @@ def load_vocabulary(directory: Path, config: ModelConfig, names: TensorNames, to
         if tokens.shape[1] != config.output_dim:
             shape = f"{tokens.shape[1]} columns, and the head would read {config.output_dim}"
             raise ValueError(f"{directory}: config.json ties the head that gives logits to the token table, which has {shape}.")
-        return Linear(tokens, None, packed=False)
+        return Dense(tokens, None, packed=False)
     stored = names.tokens if config.tied else names.vocabulary  # a narrow table was widened when it was loaded
     weight, bias = f"{stored}.weight", f"{stored}.bias"
     others = rf"(?!(?:.*\.)?{re.escape(stored)}\.(?:weight|bias)$).*"

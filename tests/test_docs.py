@@ -69,7 +69,7 @@ def test_the_page_of_models_runs(published: Path, number: int, monkeypatch: pyte
         from pyembed import weights
 
         def head(directory: Path, config: Any, names: Any, tokens: torch.Tensor, adapters: Any = ()) -> Any:
-            return weights.Linear(tokens, None, packed=False)
+            return weights.Dense(tokens, None, packed=False)
 
         monkeypatch.setattr(weights, "load_vocabulary", head)
     space: dict[str, Any] = {}

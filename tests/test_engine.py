@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyembed import Encoder, engine
+from pyembed import Encoder, engine, runner
 from pyembed.runner import LaneLost, Loaded, Reads, Rows, Stop, Stopped, Turns
 
 TEXTS = [f"{checkpoints.sentence(n % 23 + 1, n)} w{n % 50}" for n in range(120)]
@@ -97,6 +97,67 @@ def test_a_call_of_one_window_starts_no_thread(encoder: Encoder, monkeypatch: py
     assert len(set(seen)) == 2
 
 
+def test_calls_at_the_same_time_share_the_cores(
+    encoder: Encoder, made: Encoder, monkeypatch: pytest.MonkeyPatch, expected: np.ndarray
+) -> None:
+    """Two calls with a batch on each of two cores run two batches at a time, not four, and are not busy for longer than it takes."""
+    running, most, counting, plain = 0, 0, threading.Lock(), runner.forward
+
+    def counted(*given: Any, **more: Any) -> Any:
+        nonlocal running, most
+        with counting:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.005)
+        made = plain(*given, **more)
+        with counting:
+            running -= 1
+        return made
+
+    monkeypatch.setattr(runner, "forward", counted)
+    encoder._engine.share = engine.local(made._loaded, made.tokenizer).share
+    torch.set_num_threads(2)
+    found: list[np.ndarray] = []
+    before, start = encoder.stats.busy, time.perf_counter()
+    calls = [threading.Thread(target=lambda: found.append(encoder.encode(TEXTS))) for _ in range(3)]
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join()
+    assert encoder.stats.busy - before <= time.perf_counter() - start
+    assert most == 2
+    assert all(np.array_equal(each, expected) for each in found)
+    assert len(found) == 3
+
+
+def test_a_text_that_does_not_fit_beside_others_is_run_alone(encoder: Encoder, made: Encoder, expected: np.ndarray) -> None:
+    share = engine.local(made._loaded, made.tokenizer).share
+    assert share is not None
+
+    def short_of_memory(reads: Reads, rows: Rows, stop: Stop, most: int) -> Any:
+        if len(rows.ids) == 1 and len(rows.ids[0]) == max(map(len, made.token_ids(TEXTS))):
+            raise MemoryError
+        return share(reads, rows, stop, most)
+
+    encoder._engine.share = short_of_memory
+    torch.set_num_threads(2)
+    assert np.array_equal(encoder.encode(TEXTS, batch_size=1), expected)
+
+
+def test_many_cores_read_larger_windows(encoder: Encoder, made: Encoder, monkeypatch: pytest.MonkeyPatch, expected: np.ndarray) -> None:
+    sizes, plain = [], engine.prepare
+
+    def told(engine: Any, job: Any, inputs: list[Any], *given: Any, **more: Any) -> Any:
+        sizes.append(len(inputs))
+        return plain(engine, job, inputs, *given, **more)
+
+    monkeypatch.setattr(engine, "prepare", told)
+    encoder._engine.share = engine.local(made._loaded, made.tokenizer).share
+    torch.set_num_threads(engine.CORES + 1)
+    assert np.array_equal(encoder.encode(TEXTS), expected)
+    assert sizes[0] == 2 * engine.WINDOW_TEXTS
+
+
 @pytest.mark.parametrize("cores", [1, 2])
 def test_on_a_cpu_each_core_has_a_batch_where_there_are_enough(
     encoder: Encoder, made: Encoder, monkeypatch: pytest.MonkeyPatch, cores: int
@@ -148,14 +209,14 @@ def test_a_bad_text_comes_after_the_windows_before_it_on_each_core(encoder: Enco
 
 def test_who_wants_all_threads_is_let_in_before_those_that_share() -> None:
     turns, order = Turns(), []
-    turns.enter()
+    turns.enter(2)
 
     def whole() -> None:
         with turns.door, turns.room:
             order.append("whole")
 
     def share() -> None:
-        turns.enter()
+        turns.enter(2)
         order.append("share")
         turns.leave()
 
@@ -396,7 +457,7 @@ def test_a_stream_that_is_left_stops_within_a_batch(encoder: Encoder, monkeypatc
 
 SCRIPT = """
 import signal, sys, threading, time
-from pyembed import Encoder, engine
+from pyembed import Encoder, engine, runner
 engine.WINDOW_TEXTS = 8
 encoder = Encoder(sys.argv[1], device="cpu", dtype="float32")
 encoder._engine.share = None

@@ -24,14 +24,14 @@ from pyembed import Encoder, int8, quantising, weights
 from pyembed.cli import main
 from pyembed.families import FAMILIES
 from pyembed.int8 import Int8, exact_product, quantise_rows, quantise_weight
-from pyembed.linear import FUSED, Affine, linear
+from pyembed.linear import FUSED, Linear, linear
 from pyembed.loading import check_kernels
 from pyembed.ops import reference
 from pyembed.options import cores
 
 FAMILY_CASES = ("llama-biases", "qwen3", "gemma2", "embeddinggemma", "bert", "gptj", "gpt-neox", "opt", "bloom", "embedding_gemma2")
 LENGTHS = (1, 2, 5, 17, 33, 40, 64, 75)
-Made = Callable[[Tensor, Tensor | None], Affine]
+Made = Callable[[Tensor, Tensor | None], Linear]
 
 
 def data(tokens: int = 48, inputs: int = 515, outputs: int = 77) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,7 +256,7 @@ def test_families(
     lost = distance(model, "bfloat16")
     assert 1.5 * lost <= distance(model, "int8", **({} if backend is None else {"backend": backend})) <= 5 * lost
 
-    def swapped(weight: Tensor, bias: Tensor | None) -> Affine:
+    def swapped(weight: Tensor, bias: Tensor | None) -> Linear:
         made = int8.int8(weight, bias)
         return Int8(made.values, made.scale.flip(0), made.sums, made.bias)
 
@@ -400,7 +400,7 @@ def test_ordinary_loading_makes_the_same_layers_as_before(checkpoint: Callable[[
     spec, stack = encoder.spec, encoder._stack
     readers: list[quantising.Read] = []
 
-    def kept(read: quantising.Read, gated: bool) -> Affine:
+    def kept(read: quantising.Read, gated: bool) -> Linear:
         readers.append(read)
         return linear(*read())
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = [f"tests/ops/test_cpu_{name}.py" for name in ("lengths", "linear_lengths", "attention", "pool")]
-CHOICE = "lengths or test_options or test_prefix or test_queries_without_keys or test_a_norm_is_not_rounded"
+TESTS = [f"tests/ops/test_cpu_{name}.py" for name in ("lengths", "linear_lengths", "linear", "attention", "pool")]
+CHOICE = "lengths or odd_width or two_layers_are or test_options or test_prefix or test_queries_without_keys or test_a_norm_is_not_rounded"
 
 # Puts the extension at sys.argv[1] in the place of the usual one.
 INSTEAD = """

@@ -247,7 +247,7 @@ def test_the_last_layer_computes_what_is_read(checkpoint: Directory, monkeypatch
 
 def test_logits_and_duplicates(of_type: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     def head(directory: Path, config: Any, names: Any, tokens: torch.Tensor, adapters: Any = ()) -> Any:
-        return weights.Linear(tokens, None, packed=False)
+        return weights.Dense(tokens, None, packed=False)
 
     monkeypatch.setattr(weights, "load_vocabulary", head)
     on, off = pair(of_type("llama", True), template="promptreps", dtype="float32")

@@ -20,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from pyembed.config import ModelConfig
     from pyembed.int8 import Int8
-    from pyembed.linear import Affine
+    from pyembed.linear import Linear
     from pyembed.ops.budget import Budget
 
 Quant = Literal["fp8", "int8"]
@@ -134,8 +134,8 @@ class Ops(Protocol):
         dim: int | None = None,
     ) -> Tensor: ...
     def latent_attention(self, scores: Tensor, heads: int) -> Tensor: ...
-    def linear(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Affine: ...
-    def int8(self, layer: Int8, *, gated: bool = False) -> Affine: ...
+    def linear(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Linear: ...
+    def int8(self, layer: Int8, *, gated: bool = False) -> Linear: ...
 
 
 def select(device: torch.device, *, reference: bool = False) -> Ops:

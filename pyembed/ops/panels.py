@@ -13,7 +13,7 @@ from torch import Tensor
 
 import pyembed._cpu as _cpu
 from pyembed.int8 import Int8
-from pyembed.linear import Affine, Chain
+from pyembed.linear import Chain, Linear
 from pyembed.linear import linear as by_library
 from pyembed.ops import Norm
 from pyembed.ops.checks import GATED, PLAIN, check, norm_argument, residual_argument
@@ -81,14 +81,14 @@ def native() -> bool:
     return _cpu.isa() == "avx512_bf16" and not torch.cpu._is_amx_tile_supported()
 
 
-def linear(weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Affine:
+def linear(weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Linear:
     """The layer of a weight [O, I], on which it keeps no hold: in panels where these are faster, else the library's."""
     if weight.dtype != torch.bfloat16 or weight.shape[1] % 2 or not native():
         return by_library(weight, bias, gated=gated)
     return in_panels(weight, None, None, bias, gated)
 
 
-def int8(layer: Int8, *, gated: bool = False) -> Affine:
+def int8(layer: Int8, *, gated: bool = False) -> Linear:
     """An int8 layer in panels."""
     return in_panels(layer.values, layer.scale, layer.sums, layer.bias, gated)
 

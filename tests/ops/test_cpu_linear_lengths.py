@@ -11,7 +11,7 @@ from op_check import hostile, normal
 from torch import Tensor
 
 from pyembed.int8 import int8
-from pyembed.linear import Affine
+from pyembed.linear import Linear
 from pyembed.ops import panels
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -21,7 +21,7 @@ FIRST, SECOND = normal(50, 34, dtype=torch.bfloat16, seed=1) / 8, normal(20, 50,
 BIAS = normal(50, dtype=torch.bfloat16, seed=3)
 
 
-def layers(kind: str) -> tuple[Affine, Affine]:
+def layers(kind: str) -> tuple[Linear, Linear]:
     if kind == "int8":
         return panels.int8(int8(FIRST, BIAS)), panels.int8(int8(SECOND, None))
     return panels.in_panels(FIRST, None, None, BIAS, False), panels.in_panels(SECOND, None, None, None, False)
