@@ -26,13 +26,12 @@ from pyembed.job import Engine, Input, Job, Stats, wordings
 from pyembed.rows import extent, kept
 from pyembed.runner import GIVEN_UP, POLL, LaneLost, Loaded, Made, Reads, Rows, Stop, Stopped, check, out_of_memory, run_batch
 from pyembed.tokenizer import Tokenizer
-from pyembed.window import Marked, Window, Work, finish, place, prepare, room, rows_of
+from pyembed.window import PLENTY, Marked, Window, Work, finish, place, prepare, room, rows_of
 
 WINDOW_TEXTS = 1024  # texts in flight: what an interrupt loses, and what a stream reads before its first vector
 WINDOW_CHARACTERS = 1 << 18
 AHEAD = 2  # windows under way: one that is run, and one that is read and prepared meanwhile
 CORES = 8  # threads of a CPU that a window of so many texts keeps busy; one that has more reads larger ones
-PLENTY = 2  # batches for each thread of a CPU from which a window is run with one batch on each
 LOSSES = 3  # lanes that may be lost over a text, with others and alone, before it is an error
 
 Advance = Callable[[Stats], Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from pyembed.runner import Made, Rows, Shared
 from pyembed.sparse import SparseVector
 
 LEAST = 256  # tokens that are worth another lane
+PLENTY = 2  # batches for each thread of a CPU from which a window is run with one batch on each
+SLACK = 0.01  # batches are not filled to the last token
 
 
 Marked = tuple[set[int], set[int]]  # numbers of texts that were cut, and of those that were repaired
@@ -84,6 +87,8 @@ def prepare(engine: Engine, job: Job, inputs: Sequence[Input], numbers: Sequence
     budget = engine.most(job)
     if only and len(engine.lanes) > 1:
         budget = min(budget, max(LEAST, -(-sum(own) // len(engine.lanes))))
+    elif engine.share is not None:
+        budget = even(sum(own), budget, torch.get_num_threads())
     overlap = None
     if job.share_prefixes:
         shares = overlaps([rows.ids[row] for row in alone], [before[row] for row in alone])
@@ -96,6 +101,15 @@ def prepare(engine: Engine, job: Job, inputs: Sequence[Input], numbers: Sequence
     planned = [[alone[n] for n in batch] for batch in batches]
     texts = [text for group in groups for text in group]
     return Work(places, counts, owner, texts, rows, shared, overlap, twins, planned, cut, repaired)
+
+
+def even(tokens: int, budget: int, threads: int) -> int:
+    """At most `budget`: what gives every thread as many batches, of one size, where there are batches enough for each to have its own."""
+    count = -(-tokens // budget)
+    if threads == 1 or count < PLENTY * threads:
+        return budget
+    count = -(-count // threads) * threads
+    return min(budget, math.ceil(tokens / count * (1 + min(SLACK, 1 / (4 * count)))))
 
 
 def beginnings(engine: Engine, job: Job, rows: prompts.Prepared) -> list[Shared]:

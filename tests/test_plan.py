@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyembed import Encoder, engine
+from pyembed import Encoder, engine, window
 from pyembed.batch import COST_PER_TOKEN, padded, plan
 from pyembed.ops import cuda
 from pyembed.ops.budget import activation_bytes, balance
@@ -114,3 +114,17 @@ def test_a_plan_is_what_runs(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert lines[0] == f"Texts: 40 ({made.duplicates} repeat an earlier one). {ran}"
     assert len(lines) == 3 + len(seen)
     assert str(encoder.plan(checkpoints.sentences([3] * 2))).count("\n") == 3
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.parametrize("tokens", [4, 2048, 8192, 8196, 20000, 31484, 204796])
+def test_threads_get_as_many_batches_of_one_size(threads: int, tokens: int) -> None:
+    """Where there are two or more for each; else the budget stays what it was."""
+    budget, texts = window.even(tokens, 2048, threads), tokens // 4
+    sizes = [4 * len(batch) for batch in plan([4] * texts, [1.0] * texts, budget)]
+    if threads == 1 or tokens <= 2048 * (2 * threads - 1):
+        assert budget == 2048
+        return
+    assert len(sizes) % threads == 0
+    assert max(sizes) <= 2048
+    assert min(sizes) >= 0.5 * max(sizes)

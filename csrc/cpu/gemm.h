@@ -45,38 +45,50 @@ struct Runs {
     bf16* at(int64_t row, int64_t column) const { return data + column / PANEL * run_stride + row * row_stride + column % PANEL; }
 };
 
+constexpr int32_t INFINITE = 0x7f80;  // the bits of a bfloat16
+
+static inline float float_of_half(int32_t bits) {
+    const uint32_t word = uint32_t(bits) << 16;
+    float x;
+    __builtin_memcpy(&x, &word, sizeof x);
+    return x;
+}
+
 static inline int64_t pieces_of(int64_t words) { return (words + PIECE - 1) / PIECE; }
 
-// What to do with each W columns of row [K] and with the last ones, of which there may be fewer: f(values, column).
+// f(halves, column) for each 2 W columns of row [K]; the last ones may be fewer, and zeros.
 template <class F>
-static inline void each_vector(const Runs& x, int64_t row, int64_t K, const F& f) {
+static inline void each_two_vectors(const Runs& x, int64_t row, int64_t K, const F& f) {
     const bf16* run = x.at(row, 0);
     int64_t column = 0;
     for (; column + PANEL <= K; column += PANEL, run += x.run_stride) {
-#pragma GCC unroll 8
-        for (int i = 0; i < PANEL; i += W) f(load(run + i), column + i);
+#pragma GCC unroll 4
+        for (int i = 0; i < PANEL; i += 2 * W) f(load_halves(run + i), column + i);
     }
-    for (int64_t i = 0; column + i < K; i += W) f(load_row(run, i, K - column), column + i);
+    for (int64_t i = 0; column + i < K; i += 2 * W) f(load_halves_n(run + i, least(2 * W, K - column - i)), column + i);
 }
 
 // Row [K] of group x to unsigned bytes, value = (byte - zero) * scale. A row that is not finite gets a scale of NaN.
 static inline void quantise_row(const Runs& x, int64_t row, int64_t K, int32_t* to, float* scale, int32_t* zero_point) {
-    V low = zero(), high = zero(), poison = zero();
-    each_vector(x, row, K, [&](V v, int64_t) {
-        low = min(v, low);
-        high = max(v, high);
-        poison = fma(v, zero(), poison);
+    VI least_yet = set1_int(0), most_yet = set1_int(0);  // of numbers in order of size
+    each_two_vectors(x, row, K, [&](VI halves, int64_t) {
+        const VI sized = in_order(halves);
+        least_yet = min_halves(least_yet, sized);
+        most_yet = max_halves(most_yet, sized);
     });
-    const float below = largest(zero() - low), span = largest(high) + below;
+    const int32_t low = least_half(least_yet), high = largest_half(most_yet);
+    const bool finite = high < INFINITE && low > -INFINITE - 1;
+    const float below = -float_of_half(low < 0 ? low ^ 0x7fff : low), span = float_of_half(high) + below;
     const float bounded = span > 1e-30f ? span : 1e-30f, inverse = 255.0f / bounded;
     const float offset = (below * inverse + 12582912.0f) - 12582912.0f;  // rounded to even
-    *scale = bounded / 255.0f + (sum(poison) + (bounded - bounded));
+    *scale = finite ? bounded / 255.0f + (bounded - bounded) : __builtin_nanf("");
     *zero_point = offset >= 0 && offset <= 255 ? int32_t(offset) : 0;
     const V factor = set1(inverse);
     const int32_t shift = *zero_point;
-    each_vector(x, row, K, [&](V v, int64_t column) {
+    each_two_vectors(x, row, K, [&](VI halves, int64_t column) {
         const uint64_t byte = uint64_t(column);
-        store_bytes((uint8_t*)(to + byte / (4 * PIECE) * GROUP * PIECE) + byte % (4 * PIECE), v * factor, shift);
+        uint8_t* at = (uint8_t*)(to + byte / (4 * PIECE) * GROUP * PIECE) + byte % (4 * PIECE);
+        store_bytes(at, as_float(lower_half_up(halves)) * factor, as_float(upper_half(halves)) * factor, shift);
     });
 }
 

@@ -82,10 +82,26 @@ static inline V to_float(VI v) { return _mm256_cvtepi32_ps(v); }
 static inline VI lower_half_up(VI v) { return _mm256_slli_epi32(v, 16); }
 static inline VI upper_half(VI v) { return _mm256_and_si256(v, _mm256_set1_epi32(int(0xffff0000))); }
 static inline VI minus_product(VI a, int32_t x, VI y) { return _mm256_sub_epi32(a, _mm256_mullo_epi32(_mm256_set1_epi32(x), y)); }
-static inline void store_bytes(uint8_t* p, V v, int32_t shift) {
-    const __m256i words = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(shift));
-    const __m128i shorts = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-    _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(shorts, shorts));
+// Of 8 numbers with signs, by the instruction for the least of 8 without.
+static inline int32_t largest_of_8(__m128i v) {
+    const __m128i turned = _mm_minpos_epu16(_mm_xor_si128(v, _mm_set1_epi16(0x7fff)));
+    return int16_t(_mm_extract_epi16(turned, 0) ^ 0x7fff);
+}
+static inline VI load_halves(const bf16* p) { return _mm256_loadu_si256((const __m256i*)p); }
+static inline VI load_halves_n(const bf16* p, int64_t n) {
+    alignas(32) bf16 part[2 * W] = {};
+    __builtin_memcpy(part, p, size_t(n) * sizeof(bf16));
+    return load_halves(part);
+}
+static inline VI in_order(VI v) { return _mm256_xor_si256(v, _mm256_srli_epi16(_mm256_srai_epi16(v, 15), 1)); }
+static inline VI max_halves(VI a, VI b) { return _mm256_max_epi16(a, b); }
+static inline VI min_halves(VI a, VI b) { return _mm256_min_epi16(a, b); }
+static inline int32_t largest_half(VI v) { return largest_of_8(_mm_max_epi16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1))); }
+static inline int32_t least_half(VI v) { return ~largest_half(_mm256_xor_si256(v, _mm256_set1_epi32(-1))); }
+static inline void store_bytes(uint8_t* p, V even, V odd, int32_t shift) {
+    const VI high = _mm256_slli_epi32(_mm256_cvtps_epi32(odd), 16);
+    const VI both = _mm256_add_epi16(_mm256_blend_epi16(_mm256_cvtps_epi32(even), high, 0xaa), _mm256_set1_epi16(int16_t(shift)));
+    _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)));
 }
 // Even and odd bytes apart, as 16-bit numbers: the instruction for bytes would saturate.
 static inline VI dot_bytes(VI sum, VI x, VI w) {

@@ -68,9 +68,25 @@ static inline V to_float(VI v) { return _mm512_cvtepi32_ps(v); }
 static inline VI lower_half_up(VI v) { return _mm512_slli_epi32(v, 16); }
 static inline VI upper_half(VI v) { return _mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000))); }
 static inline VI minus_product(VI a, int32_t x, VI y) { return _mm512_sub_epi32(a, _mm512_mullo_epi32(_mm512_set1_epi32(x), y)); }
-static inline void store_bytes(uint8_t* p, V v, int32_t shift) {
-    const VI words = _mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(shift));
-    _mm_storeu_si128((__m128i*)p, _mm512_cvtusepi32_epi8(_mm512_max_epi32(words, _mm512_setzero_si512())));
+// Of 8 numbers with signs, by the instruction for the least of 8 without.
+static inline int32_t largest_of_8(__m128i v) {
+    const __m128i turned = _mm_minpos_epu16(_mm_xor_si128(v, _mm_set1_epi16(0x7fff)));
+    return int16_t(_mm_extract_epi16(turned, 0) ^ 0x7fff);
+}
+static inline VI load_halves(const bf16* p) { return _mm512_loadu_si512(p); }
+static inline VI load_halves_n(const bf16* p, int64_t n) { return _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p); }
+static inline VI in_order(VI v) { return _mm512_xor_si512(v, _mm512_srli_epi16(_mm512_srai_epi16(v, 15), 1)); }
+static inline VI max_halves(VI a, VI b) { return _mm512_max_epi16(a, b); }
+static inline VI min_halves(VI a, VI b) { return _mm512_min_epi16(a, b); }
+static inline int32_t largest_half(VI v) {
+    const __m256i half = _mm256_max_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+    return largest_of_8(_mm_max_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+}
+static inline int32_t least_half(VI v) { return ~largest_half(_mm512_xor_si512(v, _mm512_set1_epi32(-1))); }
+static inline void store_bytes(uint8_t* p, V even, V odd, int32_t shift) {
+    const VI high = _mm512_slli_epi32(_mm512_cvtps_epi32(odd), 16);
+    const VI both = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_cvtps_epi32(even), high);
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtusepi16_epi8(_mm512_add_epi16(both, _mm512_set1_epi16(int16_t(shift)))));
 }
 #ifdef PYEMBED_VNNI
 static inline VI dot_bytes(VI sum, VI x, VI w) { return _mm512_dpbusd_epi32(sum, x, w); }

@@ -95,10 +95,36 @@ static inline V to_float(VI v) { return __builtin_convertvector(v, V); }
 static inline VI lower_half_up(VI v) { return v << 16; }
 static inline VI upper_half(VI v) { return v & int32_t(0xffff0000); }
 static inline VI minus_product(VI a, int32_t x, VI y) { return a - x * y; }
-// v, rounded to even, + shift, brought into [0, 255]; NaN is anything.
-static inline void store_bytes(uint8_t* p, V v, int32_t shift) {
-    const V inside = min(max(round_even(v) + set1(float(shift)), zero()), set1(255.0f));
-    for (int i = 0; i < W; ++i) p[i] = uint8_t(inside[i]);
+// Two bfloat16 in each word, in the order of memory: 2 W of them. in_order turns their bits to whole numbers of the same order.
+typedef int16_t VH __attribute__((vector_size(16)));
+
+static inline VI load_halves(const bf16* p) {
+    VI v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline VI load_halves_n(const bf16* p, int64_t n) {  // zeros beyond the first n
+    VI v = set1_int(0);
+    __builtin_memcpy(&v, p, size_t(n) * sizeof(bf16));
+    return v;
+}
+static inline VI in_order(VI v) { return (VI)((VH)v ^ (((VH)v >> 15) & 0x7fff)); }
+static inline VI max_halves(VI a, VI b) { return (VI)((VH)a > (VH)b ? (VH)a : (VH)b); }
+static inline VI min_halves(VI a, VI b) { return (VI)((VH)a < (VH)b ? (VH)a : (VH)b); }
+static inline int32_t largest_half(VI v) {
+    int16_t found = ((VH)v)[0];
+    for (int i = 1; i < 2 * W; ++i) found = ((VH)v)[i] > found ? ((VH)v)[i] : found;
+    return found;
+}
+static inline int32_t least_half(VI v) { return ~largest_half(~v); }
+// Even and odd numbers, rounded to even, + shift, brought into [0, 255]; NaN is anything.
+static inline void store_bytes(uint8_t* p, V even, V odd, int32_t shift) {
+    const auto inside = [&](V v) { return min(max(round_even(v) + set1(float(shift)), zero()), set1(255.0f)); };
+    const V first = inside(even), second = inside(odd);
+    for (int i = 0; i < W; ++i) {
+        p[2 * i] = uint8_t(first[i]);
+        p[2 * i + 1] = uint8_t(second[i]);
+    }
 }
 // sum + the four products of unsigned bytes of x and signed bytes of w in each word.
 static inline VI dot_bytes(VI sum, VI x, VI w) {
