@@ -134,7 +134,7 @@ def threads(figure: Any, record: dict[str, Any]) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks([tokens for tokens, _ in points], [str(tokens) for tokens, _ in points], fontsize=8)
         axes.minorticks_off()
-        axes.set_ylim(0, None)
+        axes.set_ylim(0, 1.1 * axes.dataLim.y1)
         axes.tick_params(labelsize=8)
         axes.set_xlabel("tokens a batch", fontsize=8)
         axes.set_title(f"{name}, tokens/s", fontsize=10, loc="left")
