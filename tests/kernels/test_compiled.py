@@ -1,0 +1,100 @@
+"""Every Triton kernel compiled for three generations of cards, none of which is here: tests/kernels/ahead.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+if find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from ahead import BF16, CASES, SHARED, Call, empty, faults, launches, pooled, some_norm
+
+from pyembed.kernels import activation, embed, rms_norm
+
+AHEAD = Path(__file__).resolve().parent / "ahead.py"
+
+
+@pytest.fixture(scope="module")
+def compilers() -> Iterator[dict[int, subprocess.Popen[str]]]:
+    """A process for each compute capability, all at once."""
+    command = [sys.executable, "-W", "ignore", str(AHEAD)]
+    started = {
+        each: subprocess.Popen([*command, str(each)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for each in SHARED
+    }
+    yield started
+    for process in started.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_no_spills_and_no_narrow_offsets(compilers: dict[int, subprocess.Popen[str]], capability: int) -> None:
+    told, _ = compilers[capability].communicate()
+    print(told)
+    assert compilers[capability].returncode == 0, told[-4000:]
+    assert not [line for line in told.splitlines() if "WRONG" in line]
+    assert all(name in told for name in CASES if "fp8" not in name or capability > 80)
+
+
+@triton.jit
+def narrow_kernel(x, stride):
+    tl.store(x + tl.program_id(0) * stride, 0.0)
+
+
+@triton.jit
+def wide_kernel(x, stride):
+    tl.store(x + tl.program_id(0).to(tl.int64) * stride, 0.0)
+
+
+@triton.jit
+def greedy_kernel(x, BLOCK: tl.constexpr):
+    at = x + tl.arange(0, BLOCK)
+    y = tl.load(at)
+    tl.store(at, y / tl.sum(y, 0))
+
+
+def test_faults_are_found() -> None:
+    x = torch.empty(8192)
+
+    def found(call: Call) -> str:
+        (launch,) = launches(call, 90)
+        return "".join(faults(launch, 90))
+
+    assert "32-bit product" in found(lambda: narrow_kernel[(9,)](x, 7))
+    assert found(lambda: wide_kernel[(9,)](x, 7)) == ""
+    assert "spills" in found(lambda: greedy_kernel[(1,)](x, BLOCK=8192, num_warps=1))
+    assert found(lambda: greedy_kernel[(1,)](x, BLOCK=8192, num_warps=8)) == ""
+    with mock.patch.dict(SHARED, {90: 0}):
+        assert "bytes of shared memory" in found(lambda: greedy_kernel[(1,)](x, BLOCK=8192, num_warps=8))
+
+
+def test_eight_bit_floats_need_a_card_that_has_them() -> None:
+    with pytest.raises(Exception, match="fp8e4nv not supported"):
+        faults(launches(CASES["norm fp8"], 80)[0], 80)
+
+
+SIZES: dict[str, Callable[[int], Any]] = {
+    "norm": lambda n: rms_norm.rms_norm(empty(n, 1024), some_norm(1024), residual=empty(n, 1024), quant="int8"),
+    "swiglu": lambda n: activation.swiglu(empty(n, 6144)),
+    "embed": lambda n: embed.embed(torch.zeros(n, dtype=torch.int64), empty(5, 1024)),
+    "pool": lambda n: pooled(1024, BF16, "mean", n + 256, n)(),
+    "pool in pieces": lambda n: pooled(1024, BF16, "mean", n % 5 + 1, n + 128)(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
+@pytest.mark.parametrize("name", SIZES)
+def test_no_batch_compiles_anything_anew(name: str) -> None:
+    """Not its tokens, not its texts."""
+    keys = [[(each.source.hash(), each.options) for each in launches(lambda n=n: SIZES[name](n), 90)] for n in (1, 16, 17, 24)]
+    assert all(each == keys[0] for each in keys)
