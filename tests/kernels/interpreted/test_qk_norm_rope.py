@@ -122,7 +122,7 @@ def test_a_row_has_the_same_bits_anywhere(dtype: torch.dtype, interleaved: bool)
 
 def test_errors_are_sentences() -> None:
     qkv, usual = torch.zeros(3, 7 * 16), tables(3, 16)
-    with pytest.raises(ValueError, match="must be bfloat16, float16 or float32, got torch.float64"):
+    with pytest.raises(ValueError, match=r"must be bfloat16, float16 or float32, got torch\.float64"):
         qk_norm_rope(qkv.double(), 3, 2)
     with pytest.raises(ValueError, match=r"qkv has 112 columns, which are not 5 \+ 2 \* 2 heads"):
         qk_norm_rope(qkv, 5, 2, **usual)
@@ -134,7 +134,7 @@ def test_errors_are_sentences() -> None:
         qk_norm_rope(qkv, 3, 2, **tables(3, 20))
     with pytest.raises(ValueError, match="rows must have shape"):
         qk_norm_rope(qkv, 3, 2, **usual | {"rows": usual["rows"][:2]})
-    with pytest.raises(ValueError, match="norm.weight must have shape"):
+    with pytest.raises(ValueError, match=r"norm\.weight must have shape"):
         qk_norm_rope(qkv, 3, 2, q_norm=a_norm(15, 1))
     with pytest.raises(ValueError, match="qkv is written, so its rows must not overlap"):
         qk_norm_rope(torch.zeros(1, 112).expand(3, 112), 3, 2)
