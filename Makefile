@@ -25,7 +25,7 @@ demo: $(VENV)/.package $(VENV)/.model build/docstrings.jsonl
 	  "read a compressed file"
 
 # Without the extension the tests of it would be skipped, and a run without it is not a pass.
-test: $(VENV)/.tests $(VENV)/.model
+test: $(VENV)/.tests $(VENV)/.model $(if $(filter Linux,$(shell uname)),$(VENV)/.triton-3.6)
 	$(BIN)/python -c "import pyembed._cpu"
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -55,6 +55,11 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml $(NATIVE)
 $(VENV)/.tests: $(VENV)/.torch pyproject.toml $(NATIVE)
 	PYEMBED_REQUIRE_NATIVE=1 $(PIP) install -e ".[test]"
 	touch $@ $(VENV)/.package
+
+# The Triton that torch 2.11 brings, for which the kernels are compiled too, in a folder of its own.
+$(VENV)/.triton-3.6: $(VENV)/.torch
+	$(PIP) install --no-deps --upgrade --target $(VENV)/triton-3.6 triton==3.6.0
+	touch $@
 
 $(VENV)/.bench: $(VENV)/.tests
 	$(PIP) install -e ".[bench]"

@@ -27,7 +27,8 @@ from pyembed.kernels.rows import normed, tile
 from pyembed.ops import POOL_MODES, Norm, PoolMode
 
 # As rows.TILES, with more rows on their way at a time, since a program goes through many. Not measured.
-TILES = ((256, 16, 8), (512, 8, 8), (1024, 4, 8), (2048, 4, 8), (4096, 2, 8), (8192, 1, 8))
+TILES = ((512, 4, 4), (1024, 4, 8), (2048, 2, 8), (4096, 2, 8), (8192, 1, 8))
+WIDEST = TILES[-1][0]
 PIECE = 128  # rows; not measured
 FEW = 256  # texts, below which a program for each leaves much of a card idle if one of them is long; not measured
 ONE_ROW = ("cls", "lasttoken")
@@ -178,6 +179,8 @@ def pool(
         raise ValueError(f"dim must be between 1 and the {columns} columns of x, got {dim}")
     weight, bias = weight_and_bias(norm, columns, x.device)
     width = kept if norm is None else columns  # columns that are read
+    if width > WIDEST and norm is None and not normalize:  # columns do not need each other
+        return torch.cat([pool(part, cu_seqlens, spans, mode) for part in x[:, :kept].split(WIDEST, 1)], 1)
     launch = tile(width, TILES)
     out = torch.empty((texts, kept), dtype=torch.float32, device=x.device)
     if texts == 0:

@@ -62,7 +62,7 @@ class Encoder:
             `encode_query(instruction=)` goes.
         max_seq_length: tokens a text is cut to, specials included; None takes what the model's files say.
         tokens_per_batch: most tokens of a batch; None takes the device's budget, in which long texts cost more.
-        backend: None takes the device's kernels, "reference" plain PyTorch.
+        backend: "kernels" takes pyembed's own, "reference" plain PyTorch; None the kernels where they have been seen to run: on CPUs.
         prefix_cache_bytes: memory for prompts' states, which a causal model's texts share (docs/throughput.md); 0 runs every text whole.
         share_prefixes: texts of a batch run what they begin with in common once (causal models; docs/throughput.md).
         revision, token, cache_folder, local_files_only: for hub ids, as in huggingface_hub.
@@ -96,7 +96,7 @@ class Encoder:
         truncate_dim: int | None = None,
         max_seq_length: int | None = None,
         tokens_per_batch: int | None = None,
-        backend: Literal["reference"] | None = None,
+        backend: Literal["reference", "kernels"] | None = None,
         prefix_cache_bytes: int | None = None,
         share_prefixes: bool = False,
         revision: str | None = None,

@@ -17,6 +17,7 @@ from pyembed.config import Family, ModelSpec, TensorNames
 from pyembed.job import Engine
 from pyembed.linear import chained
 from pyembed.model import linears
+from pyembed.ops import Backend
 from pyembed.options import common_dtype
 from pyembed.prefix import BYTES, PrefixCache, obstacle, shareable
 from pyembed.probes import check_ids, check_mask
@@ -62,26 +63,30 @@ def serve(
     return Engine(spec, tokenizer, pool.lanes, tuple(devices), backends, dtype, adapter, pool.budget, reuses, None, errors=pool.errors)
 
 
-def check_kernels(family: Family, device: torch.device, dtype: torch.dtype, backend: str | None) -> None:
+def check_kernels(family: Family, device: torch.device, dtype: torch.dtype, backend: Backend | None) -> None:
     """ValueError for a dtype that the family cannot take; a warning where no kernels serve though they could."""
     if dtype == torch.int8 and device.type != "cpu":
         raise ValueError(f"dtype is 'int8' and device {str(device)!r}; int8 runs on a CPU alone. Use dtype='bfloat16' or device='cpu'.")
     if dtype == torch.float16 and not family.float16:
         raise ValueError(f"{family.name} models overflow in float16; use dtype='bfloat16' or 'float32'.")
     if device.type == "cpu" and dtype == torch.float16:
+        if backend == "kernels":
+            raise ValueError("backend is 'kernels', but on a CPU there are none for float16; use dtype='bfloat16' or 'float32'.")
         logger.warning("float16 on a CPU is computed by plain PyTorch, many times slower than bfloat16 or float32.")
-    elif device.type == "cpu" and backend is None and kernels_of(device, dtype, backend).__name__.endswith("reference"):
-        warnings.warn(
-            "pyembed's C++ kernels were not built, so plain PyTorch serves; reinstall pyembed where a C++ compiler is.",
-            RuntimeWarning,
-            stacklevel=5,
-        )
+    elif backend is None and kernels_of(device, dtype, backend).__name__.endswith("reference"):
+        if device.type == "cpu":
+            why = "pyembed's C++ kernels were not built, so plain PyTorch serves; reinstall pyembed where a C++ compiler is."
+        elif ops.CUDA_RECORD is None:
+            why = "No GPU has run pyembed's Triton kernels yet, so plain PyTorch serves; backend='kernels' takes them."
+        else:
+            why = "Triton is not installed, so plain PyTorch serves; `pip install triton`."
+        warnings.warn(why, RuntimeWarning, stacklevel=5)
 
 
-def kernels_of(device: torch.device, dtype: torch.dtype, backend: str | None) -> ops.Ops:
+def kernels_of(device: torch.device, dtype: torch.dtype, backend: Backend | None) -> ops.Ops:
     """The ops that serve a dtype on a device."""
     slow = device.type == "cpu" and dtype == torch.float16  # no kernels: no CPU we know computes faster in it
-    return ops.select(device, reference=slow or backend == "reference")
+    return ops.select(device, "reference" if slow else backend)
 
 
 def load(
@@ -92,7 +97,7 @@ def load(
     dtype: torch.dtype,
     *,
     adapter: str | None,
-    backend: str | None,
+    backend: Backend | None,
     room: int | None,
     probe: Sequence[np.ndarray] | None,
 ) -> Loaded:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyembed.checkpoint import SIMILARITIES
 from pyembed.config import ModelSpec, Output, Recipe, Template
 from pyembed.job import Wordings
-from pyembed.ops import POOL_MODES, PoolMode
+from pyembed.ops import POOL_MODES, Backend, PoolMode
 from pyembed.recipes import NO_RECIPE, methods, overlaid, recipe_of_id, recipes
 from pyembed.rows import Text
 from pyembed.tokenizer import Tokenizer
@@ -150,8 +150,8 @@ def check_settings(arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"prefix_cache_bytes is {room!r}; expected a number of bytes, 0 for no cache, or None.")
     if not isinstance(arguments["share_prefixes"], bool):
         raise ValueError(f"share_prefixes is {arguments['share_prefixes']!r}; expected True or False.")
-    if arguments["backend"] not in (None, "reference"):
-        raise ValueError(f"backend is {arguments['backend']!r}; expected None (the device's kernels) or 'reference'.")
+    if arguments["backend"] not in (None, *get_args(Backend)):
+        raise ValueError(f"backend is {arguments['backend']!r}; expected None (what serves the device best), 'kernels' or 'reference'.")
 
 
 def check_template(template: object) -> Template:

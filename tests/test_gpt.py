@@ -564,7 +564,7 @@ def test_opt_350m_up_to_its_last_projection(
     checkpoints.save_file(tensors, directory / "model.safetensors")
     config = read_checkpoint(checkpoints.edit(directory, tmp_path / "read", "1_Pooling/config.json", embedding_dimension=48))[0].model
     assert (config.token_dim, config.projection_dim) == (20, 20)
-    module = ops.select(CPU, reference=backend == "reference")
+    module = ops.select(CPU, backend)
     family = read_checkpoint(tmp_path / "read")[1]
     loaded = weights.load(directory, replace(config, projection_dim=None), family.tensors, (), CPU, dtype)
     exact = tensors["decoder.embed_tokens.weight"].double() @ tensors["decoder.project_in.weight"].double().T

@@ -498,7 +498,7 @@ def states_of(directory: Path, config: ModelConfig, family: Family, texts: list[
     """Each text's states after the final norm, before any projection, from one batch."""
     ignored = (*family.tensors.ignored, rf"{family.tensors.projection}\.weight")
     device = torch.device("cpu")
-    kernels = ops.select(device, reference=backend == "reference")
+    kernels = ops.select(device, backend)
     weights = load(directory, replace(config, projection_dim=None), replace(family.tensors, ignored=ignored), (), device, torch.float32)
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
     batch = pack([np.array(tokenizer(text)["input_ids"], dtype=np.int32) for text in texts], None, kernels, device)

@@ -24,8 +24,12 @@ if TYPE_CHECKING:
     from pyembed.ops.budget import Budget
 
 Quant = Literal["fp8", "int8"]
+Backend = Literal["reference", "kernels"]
 PoolMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 POOL_MODES: tuple[PoolMode, ...] = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+
+
+CUDA_RECORD: str | None = None  # the file under bench/results of a run of `pytest -m gpu` on a GPU; None: no GPU has run the kernels yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +142,14 @@ class Ops(Protocol):
     def int8(self, layer: Int8, *, gated: bool = False) -> Linear: ...
 
 
-def select(device: torch.device, *, reference: bool = False) -> Ops:
-    """The backend module for `device`. On a CPU without `pyembed._cpu` the reference serves; `Encoder` says so once."""
-    name = "reference"
-    if not reference and device.type == "cuda":
-        name = "cuda"
-    elif not reference and device.type == "cpu" and importlib.util.find_spec("pyembed._cpu") is not None:
-        name = "cpu"
-    return cast("Ops", importlib.import_module(f"pyembed.ops.{name}"))
+def select(device: torch.device, backend: Backend | None = None) -> Ops:
+    """The backend module for `device`: its kernels where they can run and have been seen to, else the reference; `Encoder` says so once.
+
+    "reference": plain PyTorch. "kernels": the kernels; ValueError where they cannot run.
+    """
+    package = {"cpu": "pyembed._cpu", "cuda": "triton"}[device.type]
+    there = importlib.util.find_spec(package) is not None
+    if backend == "kernels" and not there:
+        raise ValueError(f"backend is 'kernels', but those for {device.type!r} need {package}, which is not here; use backend='reference'.")
+    kernels = there and (backend == "kernels" or (backend is None and (device.type == "cpu" or CUDA_RECORD is not None)))
+    return cast("Ops", importlib.import_module(f"pyembed.ops.{device.type if kernels else 'reference'}"))

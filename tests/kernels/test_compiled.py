@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,30 +20,39 @@ if find_spec("triton") is None:
 
 import triton
 import triton.language as tl
-from ahead import BF16, CASES, SHARED, Call, empty, faults, launches, pooled, some_norm
+from ahead import CASES, SHARED, compiled, faults, launches
+from ahead_attention import attend, turn
+from ahead_rows import BF16, Call, empty, pooled, some_norm
 
-from pyembed.kernels import activation, embed, rms_norm
+from pyembed.kernels import activation, embed, latent_attention, rms_norm
 
 AHEAD = Path(__file__).resolve().parent / "ahead.py"
 
 
-@pytest.fixture(scope="module")
-def compilers() -> Iterator[dict[int, subprocess.Popen[str]]]:
-    """A process for each compute capability, all at once."""
+OLDER = Path(sys.prefix) / "triton-3.6"  # where make puts the Triton of torch 2.11
+VERSIONS = ["installed", pytest.param("3.6", marks=pytest.mark.skipif(not OLDER.exists(), reason="`make test` installs Triton 3.6"))]
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def compilers(request: pytest.FixtureRequest) -> Iterator[dict[int, subprocess.Popen[str]]]:
+    """A process for each compute capability, all at once, with one version of Triton."""
     command = [sys.executable, "-W", "ignore", str(AHEAD)]
-    started = {
-        each: subprocess.Popen([*command, str(each)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for each in SHARED
-    }
+    env = {**os.environ, "PYTHONPATH": str(OLDER)} if request.param == "3.6" else None
+    given: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
+    started = {each: subprocess.Popen([*command, str(each)], **given) for each in SHARED}
     yield started
     for process in started.values():
         process.kill()
 
 
 @pytest.mark.parametrize("capability", SHARED)
-def test_no_spills_and_no_narrow_offsets(compilers: dict[int, subprocess.Popen[str]], capability: int) -> None:
+def test_no_spills_and_no_narrow_offsets(
+    request: pytest.FixtureRequest, compilers: dict[int, subprocess.Popen[str]], capability: int
+) -> None:
     told, _ = compilers[capability].communicate()
     print(told)
     assert compilers[capability].returncode == 0, told[-4000:]
+    assert told.startswith(f"Triton {triton.__version__ if 'installed' in request.node.name else '3.6.0'}"), told[:100]
     assert not [line for line in told.splitlines() if "WRONG" in line]
     assert all(name in told for name in CASES if "fp8" not in name or capability > 80)
 
@@ -78,6 +89,16 @@ def test_faults_are_found() -> None:
         assert "bytes of shared memory" in found(lambda: greedy_kernel[(1,)](x, BLOCK=8192, num_warps=8))
 
 
+@pytest.mark.parametrize("name", ["norm 1024", "embed 1024", "swiglu", "geglu tanh", "latent attention 512", "rope 64", "rope 128"])
+def test_numbers_are_fetched_and_stored_sixteen_bytes_at_a_time(tmp_path: Path, name: str) -> None:
+    (launch,) = launches(CASES.get(name) or CASES[f"{name} torch.bfloat16"], 90)
+    assembly = compiled(launch, 90, str(tmp_path)).asm["sass"]
+    assert set(re.findall(r"\bSTG\.\S+", assembly)) == {"STG.E.128"}
+    fetched = re.findall(r"\bLDG\.\S+", assembly)
+    assert "LDG.E.128" in fetched
+    assert set(fetched) <= {"LDG.E.128", "LDG.E.64"}  # indices are 8 bytes
+
+
 def test_eight_bit_floats_need_a_card_that_has_them() -> None:
     with pytest.raises(Exception, match="fp8e4nv not supported"):
         faults(launches(CASES["norm fp8"], 80)[0], 80)
@@ -87,6 +108,11 @@ SIZES: dict[str, Callable[[int], Any]] = {
     "norm": lambda n: rms_norm.rms_norm(empty(n, 1024), some_norm(1024), residual=empty(n, 1024), quant="int8"),
     "swiglu": lambda n: activation.swiglu(empty(n, 6144)),
     "embed": lambda n: embed.embed(torch.zeros(n, dtype=torch.int64), empty(5, 1024)),
+    "attention": lambda n: attend("long", 64, BF16, queries=n + 32)(),
+    "attention of short texts": lambda n: attend("short", 64, BF16, queries=n)(),
+    "attention of few queries": lambda n: attend("few", 64, BF16, queries=n)(),
+    "rope": lambda n: turn(64, BF16, 64, False, some_norm(64), None, n)(),
+    "latent attention": lambda n: latent_attention.latent_attention(empty(n, 4096), 8),
     "pool": lambda n: pooled(1024, BF16, "mean", n + 256, n)(),
     "pool in pieces": lambda n: pooled(1024, BF16, "mean", n % 5 + 1, n + 128)(),
 }

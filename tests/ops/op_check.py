@@ -40,14 +40,15 @@ def assert_misses(wrong: Tensor, same: Tensor, r: Tensor, dtype: torch.dtype) ->
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """The same numbers on every device; on the default one."""
     generator = torch.Generator().manual_seed(seed + 1000 * sum(shape))
-    return (torch.randn(shape, generator=generator) * scale).to(dtype)
+    return (torch.randn(shape, generator=generator, device="cpu") * scale).to(torch.get_default_device(), dtype)
 
 
 def hostile(x: Tensor, gap: int = 3) -> Tensor:
     """The same values as a view into memory that is NaN wherever x is not: around each row, before the first and after the last."""
     rows = x.flatten(1)
-    big = torch.full((rows.shape[0] + 2, rows.shape[1] + 2 * gap), torch.nan, dtype=x.dtype)
+    big = torch.full((rows.shape[0] + 2, rows.shape[1] + 2 * gap), torch.nan, dtype=x.dtype, device=x.device)
     view = big[1:-1, gap:-gap]
     view.copy_(rows)
     return view.unflatten(1, x.shape[1:]) if x.dim() > 2 else view

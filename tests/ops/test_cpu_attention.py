@@ -2,78 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import attention_cases
 import pytest
 import torch
+from attention_cases import Case, a_bias, a_prefix, expected
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_check import DTYPES, assert_misses, assert_right, error, hostile, limit, normal, offsets
+from op_check import DTYPES, error, limit, offsets
 from torch import Tensor
 
-from pyembed.ops import DistanceBias, Prefix, cpu, reference
+from pyembed.ops import DistanceBias, Prefix, cpu
 
 pytestmark = pytest.mark.usefixtures("isa")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call; `queries` are the last of each text unless q_start says otherwise."""
-
-    dtype: torch.dtype
-    keys: list[int]  # per text
-    queries: list[int]
-    heads: int = 4
-    groups: int = 2
-    width: int = 32
-    seed: int = 0
-    options: tuple[tuple[str, Any], ...] = ()
-
-    def arguments(self) -> dict[str, Any]:
-        return {"causal": False, "scale": self.width**-0.5} | dict(self.options)
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        of = ((self.queries, self.heads), (self.keys, self.groups), (self.keys, self.groups))
-        q, k, v = (normal(sum(n), h, self.width, dtype=self.dtype, seed=self.seed + i) for i, (n, h) in enumerate(of))
-        return q * 2, k, v
-
-    def change(self, **options: Any) -> Case:
-        return replace(self, options=tuple((dict(self.options) | options).items()))
-
-
-def run(case: Case) -> Tensor:
-    q, k, v = (hostile(x) for x in case.tensors())
-    return cpu.attention(q, k, v, offsets(case.queries), offsets(case.keys), cpu.schedule(case.queries), **case.arguments())
-
-
-def expected(case: Case, dtype: torch.dtype) -> Tensor:
-    q, k, v = (x.to(dtype) for x in case.tensors())
-    arguments = case.arguments()
-    if arguments.get("prefix") is not None:
-        p = arguments["prefix"]
-        arguments["prefix"] = replace(p, k=p.k.to(dtype), v=p.v.to(dtype))
-    return reference.attention(q, k, v, offsets(case.queries), offsets(case.keys), None, **arguments)
-
-
-def check(case: Case, *wrong: dict[str, Any]) -> None:
-    same, r = expected(case, case.dtype), expected(case, torch.float64)
-    assert_right(run(case), same, r, case.dtype)
-    for options in wrong:
-        assert_misses(run(case.change(**options)), same, r, case.dtype)
-
+run, check = partial(attention_cases.run, cpu), partial(attention_cases.check, cpu)
 
 LENGTHS = [1, 3, 0, 16, 64, 65, 130, 17]
-
-
-def a_bias(heads: int, radius: int) -> DistanceBias:
-    return DistanceBias(normal(heads, 2 * radius + 1, seed=9))
-
-
-def a_prefix(case: Case, lengths: list[int], of: list[int]) -> Prefix:
-    k, v = (hostile(normal(sum(lengths), case.groups, case.width, dtype=case.dtype, seed=20 + i)) for i in range(2))
-    return Prefix(k, v, offsets(lengths), torch.tensor(of, dtype=torch.int32))
 
 
 @dtypes

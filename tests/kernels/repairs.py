@@ -69,18 +69,18 @@ def _dot(plain: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
     return dot
 
 
-InterpreterBuilder.cast_impl = _cast(InterpreterBuilder.cast_impl)
-InterpreterBuilder.create_fp_to_fp = _cast(InterpreterBuilder.create_fp_to_fp)
-InterpreterBuilder.create_dot = _dot(InterpreterBuilder.create_dot)
-InterpreterBuilder.binary_op = _no_bits(InterpreterBuilder.binary_op)
-InterpreterBuilder.unary_op = _no_bits(InterpreterBuilder.unary_op)
-
-
 def _patch_once(plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """A launch patches the whole language; the interpreter would do it again for each call of a device function, in half of its time."""
     whole = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     return lambda fn: plain(whole)
 
 
-interpreter._patch_lang = _patch_once(interpreter._patch_lang)
-InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+def repair() -> None:
+    """To be called once in a process."""
+    InterpreterBuilder.cast_impl = _cast(InterpreterBuilder.cast_impl)
+    InterpreterBuilder.create_fp_to_fp = _cast(InterpreterBuilder.create_fp_to_fp)
+    InterpreterBuilder.create_dot = _dot(InterpreterBuilder.create_dot)
+    InterpreterBuilder.binary_op = _no_bits(InterpreterBuilder.binary_op)
+    InterpreterBuilder.unary_op = _no_bits(InterpreterBuilder.unary_op)
+    interpreter._patch_lang = _patch_once(interpreter._patch_lang)
+    InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
