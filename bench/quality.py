@@ -1,10 +1,10 @@
 """What a dtype costs in quality: vectors beside the same model's in float32, on real texts.
 
-    python bench/quality.py MODEL CORPUS.jsonl [--texts 2000] [--dtypes bfloat16 int8] [--threads 2] [-o bench/results/NAME.json]
+    python bench/quality.py MODEL CORPUS.jsonl [--texts 2000] [--dtypes bfloat16 int8 fp8] [--threads 2] [-o bench/results/NAME.json]
 
 Cosines of each text's two vectors, and top-10 agreement: of the ten texts nearest to a text in float32, the share that is also among its
-ten nearest in the dtype. For int8 also the error of each linear layer on the probe (pyembed/quantising.py), which layers stayed bfloat16,
-and how often the plain PyTorch product was called: 0 where kernels multiply.
+ten nearest in the dtype. For int8 and fp8 also the error of each linear layer on the probe (pyembed/quantising.py) and which layers stayed
+bfloat16; for int8 how often the plain PyTorch product was called: 0 where kernels multiply. fp8 is plain PyTorch on a CPU.
 """
 
 from __future__ import annotations
@@ -24,27 +24,21 @@ from measure import cpu_name
 
 import pyembed
 from pyembed import int8, quantising
+from pyembed.verify import agreement
 
-NEAREST = 10
 PERCENTILES = (1, 5, 50)
 LOADS = 5  # of each dtype, in turns
 
 
-def nearest(vectors: np.ndarray) -> np.ndarray:
-    """The NEAREST others of each text by cosine, [N, NEAREST]."""
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    scores = unit @ unit.T
-    np.fill_diagonal(scores, -np.inf)
-    return np.argpartition(-scores, NEAREST, axis=1)[:, :NEAREST]
-
-
 def compared(vectors: np.ndarray, right: np.ndarray) -> dict[str, float]:
     """Distribution of the cosines of rows, and top-10 agreement."""
-    a, b = vectors.astype(np.float64), right.astype(np.float64)
-    cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    agreement = [len(np.intersect1d(ours, theirs)) / NEAREST for ours, theirs in zip(nearest(a), nearest(b), strict=True)]
+    cosines, same = agreement(vectors, right)
     found = {"mean": cosines.mean(), "least": cosines.min()} | {f"p{n}": np.percentile(cosines, n) for n in PERCENTILES}
-    return {name: round(float(value), 6) for name, value in (found | {"top 10": np.mean(agreement)}).items()}
+    return {name: round(float(value), 6) for name, value in (found | {"top 10": same}).items()}
+
+
+def loaded(model: str, dtype: str) -> pyembed.Encoder:
+    return pyembed.Encoder(model, device="cpu", dtype=dtype, backend="reference" if dtype == "fp8" else None)
 
 
 def measured(model: str, dtype: str, texts: list[str], right: np.ndarray) -> dict[str, Any]:
@@ -56,15 +50,16 @@ def measured(model: str, dtype: str, texts: list[str], right: np.ndarray) -> dic
         calls += 1
         return product(*tensors)
 
-    encoder = pyembed.Encoder(model, device="cpu", dtype=dtype)
+    encoder = loaded(model, dtype)
     int8.exact_product = counted
     try:
         found: dict[str, Any] = {"cosines": compared(encoder.encode(texts), right)}
     finally:
         int8.exact_product = product
     if dtype == "int8":
-        errors = encoder._engine.errors
-        found |= {"plain_products": calls, "in_bfloat16": quantising.stayed(errors)}
+        found["plain_products"] = calls
+    if errors := encoder._engine.errors:
+        found["in_bfloat16"] = quantising.stayed(errors)
         found["errors"] = {name: round(error, 4) for name, error in errors.items()}
     return found
 
@@ -88,7 +83,7 @@ def main() -> None:
     loads: dict[str, list[float]] = {dtype: [] for dtype in options.dtypes}
     for dtype in options.dtypes * LOADS:
         start = time.perf_counter()
-        pyembed.Encoder(options.model, device="cpu", dtype=dtype)
+        loaded(options.model, dtype)
         loads[dtype].append(round(time.perf_counter() - start, 3))
     for dtype, row in rows.items():
         print(f"{dtype:10} " + "  ".join(f"{name} {value:.5f}" for name, value in row["cosines"].items()))

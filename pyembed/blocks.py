@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from pyembed.batch import Kept, PackedBatch
 from pyembed.config import ModelConfig
-from pyembed.linear import Linear, chained
-from pyembed.ops import DistanceBias, Norm, Ops, Prefix
+from pyembed.linear import Input, Linear, chained, wanted
+from pyembed.ops import DistanceBias, Norm, Ops, Prefix, Quant, Quantised
 
 Stream = tuple[Tensor, Tensor | None]  # hidden [T, D], delta [T, D]
 
@@ -61,20 +61,29 @@ class Layer:
     rope: int | None  # index into Weights.rotary
 
 
-def norm(x: Tensor, weights: Norm, ops: Ops, *, residual: Tensor | None = None) -> Tensor:
-    """The norm of x, or of residual + x, which then also stands in `residual`."""
+@overload
+def norm(x: Tensor, weights: Norm, ops: Ops, *, residual: Tensor | None = None) -> Tensor: ...
+@overload
+def norm(x: Tensor, weights: Norm, ops: Ops, *, residual: Tensor | None = None, quant: Quant | None) -> Input: ...
+def norm(x: Tensor, weights: Norm, ops: Ops, *, residual: Tensor | None = None, quant: Quant | None = None) -> Input:
+    """The norm of x, or of residual + x, which then also stands in `residual`; in eight bits with `quant`."""
     op = ops.layer_norm if weights.layer else ops.rms_norm
-    return cast("Tensor", op(x, weights, residual=residual))
+    return op(x, weights, residual=residual, quant=quant)
 
 
-def normed(x: Tensor, linear: Linear, weights: Norm, ops: Ops, *, residual: Tensor | None = None) -> Tensor:
-    """The norm of linear(x), or of residual + linear(x), which then also stands in `residual`."""
+@overload
+def normed(x: Input, linear: Linear, weights: Norm, ops: Ops, *, residual: Tensor | None = None) -> Tensor: ...
+@overload
+def normed(x: Input, linear: Linear, weights: Norm, ops: Ops, *, residual: Tensor | None = None, quant: Quant | None) -> Input: ...
+def normed(x: Input, linear: Linear, weights: Norm, ops: Ops, *, residual: Tensor | None = None, quant: Quant | None = None) -> Input:
+    """The norm of linear(x), or of residual + linear(x), which then also stands in `residual`; in eight bits with `quant`."""
     if chained(linear):
+        assert quant is None and not isinstance(x, Quantised)
         return linear.chain(x, norm=weights, residual=residual)
-    return norm(linear.apply(x), weights, ops, residual=residual)
+    return norm(linear.apply(x), weights, ops, residual=residual, quant=quant)
 
 
-def attend(x: Tensor, layer: Layer, config: ModelConfig, shared: Shared, ops: Ops) -> Tensor:
+def attend(x: Input, layer: Layer, config: ModelConfig, shared: Shared, ops: Ops) -> Tensor:
     """Attention before its output projection: [T, D] -> [T, H * K], or -> [R, H * K] where only the queries of `kept` are wanted."""
     heads, groups, width = config.num_heads, layer.num_key_value_heads, layer.head_dim
     batch, kept = shared.batch, shared.kept
@@ -135,30 +144,40 @@ def turn(qkv: Tensor, heads: int, groups: int, kept: Kept | None, layer: Layer, 
     )
 
 
-def rows_of(x: Tensor, kept: Kept | None) -> Tensor:
+@overload
+def rows_of(x: Tensor, kept: Kept | None) -> Tensor: ...
+@overload
+def rows_of(x: Input, kept: Kept | None) -> Input: ...
+def rows_of(x: Input, kept: Kept | None) -> Input:
     """The rows of `x` that are kept; all of them where there is no `kept`."""
-    return x if kept is None else x[kept.rows]
+    if kept is None:
+        return x
+    if isinstance(x, Quantised):  # as bytes: not every torch picks rows of fp8
+        return Quantised(x.values.view(torch.uint8)[kept.rows].view(x.values.dtype), x.scale[kept.rows])
+    return x[kept.rows]
 
 
-def mlp(x: Tensor, layer: Layer, config: ModelConfig, ops: Ops, *, weights: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+def mlp(x: Input, layer: Layer, config: ModelConfig, ops: Ops, *, weights: Norm | None = None, residual: Tensor | None = None) -> Tensor:
     """The feed-forward layer, gated or plain: [T, D] -> [T, D]; with `weights` the norm of residual + that, as `normed` has it."""
     act, up, down = config.activation, layer.up, layer.down
     if chained(up) and chained(down) and act in up.fuses:
+        assert not isinstance(x, Quantised)
         return up.chain(x, act=act, second=down, norm=weights, residual=residual)
+    h: Input
     if act in up.fuses:
         h = up.apply(x, act=act)
     elif config.gated:
-        h = gate(up.apply(x), act, ops)
+        h = gate(up.apply(x), act, ops, quant=down.wants)
     elif act == "relu":
         h = torch.relu(up.apply(x))  # exact in any dtype
     else:
-        h = cast("Tensor", ops.gelu(up.apply(x), tanh=act == "gelu_tanh"))
+        h = ops.gelu(up.apply(x), tanh=act == "gelu_tanh", quant=down.wants)
     return down.apply(h) if weights is None else normed(h, down, weights, ops, residual=residual)
 
 
-def gate(x: Tensor, act: str, ops: Ops) -> Tensor:
-    """act(first half) * second half: [T, 2 F] -> [T, F]."""
-    return cast("Tensor", ops.swiglu(x) if act == "silu" else ops.geglu(x, tanh=act == "gelu_tanh"))
+def gate(x: Tensor, act: str, ops: Ops, *, quant: Quant | None) -> Input:
+    """act(first half) * second half: [T, 2 F] -> [T, F]; in eight bits with `quant`."""
+    return ops.swiglu(x, quant=quant) if act == "silu" else ops.geglu(x, tanh=act == "gelu_tanh", quant=quant)
 
 
 def mix_embeddings(x: Tensor, delta: Tensor | None, embedded: Tensor, weights: PerLayer, config: ModelConfig, ops: Ops) -> Stream:
@@ -166,15 +185,20 @@ def mix_embeddings(x: Tensor, delta: Tensor | None, embedded: Tensor, weights: P
     if delta is not None:
         x.add_(delta)
     signal = norm(weights.project.apply(embedded), weights.project_norm, ops)
-    h = gate(torch.cat([weights.gate.apply(x), signal], dim=1), config.activation, ops)
+    h = gate(torch.cat([weights.gate.apply(x), signal], dim=1), config.activation, ops, quant=weights.out.wants)
     return x.add_(norm(weights.out.apply(h), weights.norm, ops)).mul_(weights.scale), None
+
+
+def entered(x: Tensor, delta: Tensor | None, weights: Norm, ops: Ops, quant: Quant | None) -> Input:
+    """The norm before a block's attention, in eight bits with `quant`; x += delta."""
+    return norm(x, weights, ops, quant=quant) if delta is None else norm(delta, weights, ops, residual=x, quant=quant)
 
 
 def pre_norm(x: Tensor, delta: Tensor | None, layer: Layer, config: ModelConfig, shared: Shared, ops: Ops) -> Stream:
     """x += Attn(norm(x)); x += MLP(norm(x)): most decoders."""
-    h = norm(x, layer.attention_norm, ops) if delta is None else norm(delta, layer.attention_norm, ops, residual=x)
+    h = entered(x, delta, layer.attention_norm, ops, wanted(layer.qkv))
     h, x = attend(h, layer, config, shared, ops), rows_of(x, shared.kept)
-    h = normed(h, layer.out, layer.mlp_norm, ops, residual=x)
+    h = normed(h, layer.out, layer.mlp_norm, ops, residual=x, quant=layer.up.wants)
     return x, mlp(h, layer, config, ops)
 
 
@@ -182,23 +206,24 @@ def sandwich(x: Tensor, delta: Tensor | None, layer: Layer, config: ModelConfig,
     """x += norm(Attn(norm(x))); x += norm(MLP(norm(x)))."""
     assert layer.post_attention_norm is not None
     assert layer.post_mlp_norm is not None
-    h = norm(x, layer.attention_norm, ops) if delta is None else norm(delta, layer.attention_norm, ops, residual=x)
+    h = entered(x, delta, layer.attention_norm, ops, wanted(layer.qkv))
     h, x = normed(attend(h, layer, config, shared, ops), layer.out, layer.post_attention_norm, ops), rows_of(x, shared.kept)
-    h = norm(h, layer.mlp_norm, ops, residual=x)
+    h = norm(h, layer.mlp_norm, ops, residual=x, quant=layer.up.wants)
     return x, mlp(h, layer, config, ops, weights=layer.post_mlp_norm)
 
 
 def post_norm(x: Tensor, delta: Tensor | None, layer: Layer, config: ModelConfig, shared: Shared, ops: Ops) -> Stream:
-    """x = norm(x + Attn(x)); x = norm(x + MLP(x)): most encoders."""
+    """x = norm(x + Attn(x)); x = norm(x + MLP(x)): most encoders. The norms give the residual too, so layers make eight bits themselves."""
     x = normed(attend(x, layer, config, shared, ops), layer.out, layer.attention_norm, ops, residual=rows_of(x, shared.kept))
     return mlp(x, layer, config, ops, weights=layer.mlp_norm, residual=x), None
 
 
 def parallel(x: Tensor, delta: Tensor | None, layer: Layer, config: ModelConfig, shared: Shared, ops: Ops) -> Stream:
     """x += Attn(norm(x)) + MLP(norm(x)), both of the same x, with a norm each or one for both."""
-    h = norm(x, layer.attention_norm, ops) if delta is None else norm(delta, layer.attention_norm, ops, residual=x)
+    both = layer.mlp_norm is layer.attention_norm
+    h = entered(x, delta, layer.attention_norm, ops, wanted((*layer.qkv, layer.up) if both else layer.qkv))
     x = rows_of(x, shared.kept)
-    other = rows_of(h, shared.kept) if layer.mlp_norm is layer.attention_norm else norm(x, layer.mlp_norm, ops)
+    other = rows_of(h, shared.kept) if both else norm(x, layer.mlp_norm, ops, quant=layer.up.wants)
     return x, layer.out.apply(attend(h, layer, config, shared, ops)) + mlp(other, layer, config, ops)
 
 

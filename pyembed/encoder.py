@@ -51,7 +51,7 @@ class Encoder:
         adapter: of a model with adapters to switch between, the one to begin with; None leaves it to the recipe, False merges none.
         device: "cpu", "cuda", "cuda:1"; None takes CUDA where there is one. A list of several starts a worker process with the weights for
             each, and batches go to whichever is free; ["cpu", "cpu"] divides the cores between two (docs/throughput.md).
-        dtype: "auto" (bfloat16 where the hardware multiplies it, else float32), "float32", "bfloat16", "float16"; "int8" (docs/int8.md).
+        dtype: "auto" (bfloat16 where the hardware multiplies it, else float32), "float32", "bfloat16", "float16", "int8", "fp8" (docs/).
         recipe: name of a recipe (`pyembed info` lists them) for a checkpoint whose files do not say how it is used.
         template: a method that needs no training ("prompteol", "metaeol", "promptreps", ...) for any causal language model, or a string of
             your own with {text} in it (and pooling=, where no file says it).

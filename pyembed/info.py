@@ -16,7 +16,16 @@ from pyembed.config import ModelConfig, ModelSpec
 from pyembed.families import ALIASES, FAMILIES
 from pyembed.job import Engine
 from pyembed.ops import Ops
-from pyembed.options import check_dtype, choose_devices, choose_recipe, common_dtype, default_length, tokenizer_of
+from pyembed.options import (
+    check_dtype,
+    check_eight_bits,
+    choose_devices,
+    choose_recipe,
+    common_dtype,
+    default_length,
+    dtype_name,
+    tokenizer_of,
+)
 from pyembed.prefix import obstacle
 from pyembed.probes import PROBE, check_ids
 from pyembed.recipes import METHODS, RECIPES
@@ -42,8 +51,8 @@ def supported() -> str:
 def summary(model: str, family: str, engine: Engine, dim: int, limit: int | None, found: stack.Stack) -> str:
     """repr of an Encoder: the model's shape and recipe; adapters; device, mask, pooling; vector, length, kernels, cache."""
     spec, config = engine.spec, engine.spec.model
-    backends, dtype = dict.fromkeys(kernels(each) for each in engine.backends), str(engine.dtype).removeprefix("torch.")
-    dtype += f" ({quantising.summary(engine.errors)})" if engine.errors else ""
+    backends, dtype = dict.fromkeys(kernels(each) for each in engine.backends), dtype_name(engine.dtype)
+    dtype += f" ({quantising.summary(engine.errors, engine.dtype)})" if engine.errors else ""
     merged = f"  merged=[{', '.join(map(stack.label, found.adapters))}] into {found.base},\n" if found.adapters else ""
     task = f"  adapter={engine.adapter} of {', '.join(found.tasks)},\n" if found.tasks else ""
     return (
@@ -85,6 +94,7 @@ def describe(args: argparse.Namespace) -> str:
     check_ids(tokenizer, spec)
     devices = choose_devices(args.device)
     dtype = check_dtype(args.dtype) or common_dtype(devices)
+    check_eight_bits(dtype, devices, None)
     rows: list[Row] = [("folder", str(found.base), "")]
     rows += [("merged", str(folder), lora.CONFIG) for folder in found.merged]
     rows += of_model(spec, family.name)
@@ -95,8 +105,8 @@ def describe(args: argparse.Namespace) -> str:
         rows.append(("adapters", f"{', '.join(found.tasks)}; {chosen} of them merged", "adapters/"))
     rows += of_files(found, spec)
     backends = " + ".join(dict.fromkeys(kernels(ops.select(device)) for device in devices))
-    rows.append(("runs on", f"{places(devices)} in {str(dtype).removeprefix('torch.')}, kernels: {backends}", ""))
-    unchecked = ", and which linear layers stay bfloat16" if dtype == torch.int8 else ""
+    rows.append(("runs on", f"{places(devices)} in {dtype_name(dtype)}, kernels: {backends}", ""))
+    unchecked = ", and which linear layers stay bfloat16" if dtype in quantising.EIGHT_BITS else ""
     rows.append(("not checked", f"whether every weight fits config.json, and the mask{unchecked}: loading the model does", ""))
     width = max(len(label) for label, _, _ in rows)
     return "\n".join(f"{label:{width}}  {found}" + (f"  [{where}]" if where else "") for label, found, where in rows)

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyembed.linear import FUSED
+from pyembed.linear import FUSED, Input
+from pyembed.ops import Quantised
 
 TINY = 1e-30  # least range of a row: one of zeros is exact, and nothing is divided by zero
 LEVELS, LARGEST = 255, 127  # of activations, uint8; of weights, int8
@@ -32,6 +33,7 @@ class Int8:
     """y = x W^T + b with W in int8. O outputs, I inputs."""
 
     chains: ClassVar[bool] = False
+    wants: ClassVar[None] = None  # its rows have a zero beside the scale, and are made here
     values: Tensor  # [O, I] int8
     scale: Tensor  # [O] float32
     sums: Tensor  # [O] int32, of each row of `values`
@@ -43,8 +45,9 @@ class Int8:
         """The activations that `apply` takes."""
         return frozenset() if self.gated else frozenset(FUSED)
 
-    def apply(self, x: Tensor, *, act: str | None = None) -> Tensor:
+    def apply(self, x: Input, *, act: str | None = None) -> Tensor:
         """x [rows, I] to [rows, O] in the dtype of x, with `act`, one of `fuses`, on top."""
+        assert not isinstance(x, Quantised)
         q, zero, scale = quantise_rows(x)
         whole = exact_product(q, self.values, self.sums) - zero[:, None] * self.sums
         y = whole.float() * (scale[:, None] * self.scale)

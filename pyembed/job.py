@@ -92,7 +92,7 @@ class Engine:
     reuses: bool  # a prompt's states are kept, and texts that begin with it share them
     local: Loaded | None  # the model, where it is in this process
     share: Share | None = None  # of this process's CPU: a batch on one thread, beside others; no threads tokenise beside these
-    errors: dict[str, float] = field(default_factory=dict)  # of each linear layer in int8 (quantising.py)
+    errors: dict[str, float] = field(default_factory=dict)  # of each linear layer in eight bits (quantising.py)
     fits: int | None = None  # tokens of a batch: half of the smallest that ran out of memory
     stats: Stats = field(default_factory=Stats)
     lock: threading.Lock = field(default_factory=threading.Lock)  # around `fits` and `stats`

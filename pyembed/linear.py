@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeGuard
+from typing import ClassVar, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pyembed.ops import Norm
+from pyembed.ops import Norm, Quant, Quantised
 
 # oneDNN's names of the activations that its GEMM computes on the float32 accumulators, before the one rounding
 FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
 
 
+Input = Tensor | Quantised  # eight bits only for a layer that wants them
 Read = Callable[[], tuple[Tensor, Tensor | None]]  # a weight, which the next call may overwrite, and a bias
 
 
@@ -26,10 +26,14 @@ class Linear(Protocol):
     chains: ClassVar[bool]  # whether it is a Chain
 
     @property
+    def wants(self) -> Quant | None:
+        """In what the op before it should give its rows, if it can; None: as they are."""
+
+    @property
     def fuses(self) -> frozenset[str]:
         """The activations that `apply` takes."""
 
-    def apply(self, x: Tensor, *, act: str | None = None) -> Tensor:
+    def apply(self, x: Input, *, act: str | None = None) -> Tensor:
         """x [rows, in_features] to [rows, out_features], with `act` on top; `act` must be in `fuses`."""
 
 
@@ -42,6 +46,12 @@ class Chain(Linear, Protocol):
         """`apply`; then, where they are given, `second`, and the norm of residual + that, which then also stands in `residual`."""
 
 
+def wanted(layers: Sequence[Linear]) -> Quant | None:
+    """In what an op should give the rows that all of `layers` read."""
+    first = layers[0].wants
+    return first if all(each.wants == first for each in layers[1:]) else None
+
+
 def chained(layer: Linear) -> TypeGuard[Chain]:
     """Whether a layer is a Chain: told by a flag, since isinstance of a Protocol takes as long as a small layer."""
     return layer.chains
@@ -52,6 +62,7 @@ class Dense:
     """y = x W^T + b by a GEMM of the library. `packed`: the weight is in oneDNN's blocked layout, which only its own GEMM reads."""
 
     chains: ClassVar[bool] = False
+    wants: ClassVar[None] = None
     weight: Tensor  # [out_features, in_features], or that packed
     bias: Tensor | None  # [out_features]
     packed: bool
@@ -62,8 +73,9 @@ class Dense:
         """The activations that `apply` takes."""
         return frozenset(FUSED) if self.packed and not self.gated else frozenset()
 
-    def apply(self, x: Tensor, *, act: str | None = None) -> Tensor:
+    def apply(self, x: Input, *, act: str | None = None) -> Tensor:
         """x [rows, in_features] to [rows, out_features], with `act` on top; `act` must be in `fuses`."""
+        assert not isinstance(x, Quantised)
         if not self.packed:
             assert act is None, act
             return F.linear(x, self.weight, self.bias)

@@ -18,7 +18,7 @@ from pyembed.job import Engine
 from pyembed.linear import chained
 from pyembed.model import linears
 from pyembed.ops import Backend
-from pyembed.options import common_dtype
+from pyembed.options import check_eight_bits, common_dtype
 from pyembed.prefix import BYTES, PrefixCache, obstacle, shareable
 from pyembed.probes import check_ids, check_mask
 from pyembed.runner import Loaded, device_of
@@ -51,11 +51,12 @@ def serve(
     if settings["share_prefixes"] and (why := obstacle(spec)) is not None:
         raise ValueError(f"share_prefixes=True was given, but texts of this model cannot share what they begin with: {why}; leave it out.")
     dtype, backend, room = dtype or common_dtype(devices), settings["backend"], settings["prefix_cache_bytes"]
+    check_eight_bits(dtype, devices, backend)
     for device in {each.type: each for each in devices}.values():
         check_kernels(family, device, dtype, backend)
     names = family.tensors
     model = {"stack": stack, "spec": spec, "names": names, "dtype": dtype, "adapter": adapter, "backend": backend, "room": room}
-    model["probe"] = quantising.probe(tokenizer, spec.model.vocab_size) if dtype == torch.int8 else None
+    model["probe"] = quantising.probe(tokenizer, spec.model.vocab_size) if dtype in quantising.EIGHT_BITS else None
     if len(devices) == 1:
         return engine.local(load(device=devices[0], **model), tokenizer)
     pool, reuses = Pool(model, devices), room != 0 and shareable(spec)
@@ -65,8 +66,6 @@ def serve(
 
 def check_kernels(family: Family, device: torch.device, dtype: torch.dtype, backend: Backend | None) -> None:
     """ValueError for a dtype that the family cannot take; a warning where no kernels serve though they could."""
-    if dtype == torch.int8 and device.type != "cpu":
-        raise ValueError(f"dtype is 'int8' and device {str(device)!r}; int8 runs on a CPU alone. Use dtype='bfloat16' or device='cpu'.")
     if dtype == torch.float16 and not family.float16:
         raise ValueError(f"{family.name} models overflow in float16; use dtype='bfloat16' or 'float32'.")
     if device.type == "cpu" and dtype == torch.float16:
@@ -102,7 +101,7 @@ def load(
     probe: Sequence[np.ndarray] | None,
 ) -> Loaded:
     """The model of `stack` on a device of this process. `room`: bytes for prompts' states, None the device's usual ones; `probe`: ids
-    that decide for int8 which layers take it (quantising.probe).
+    that decide which layers take eight bits (quantising.probe).
 
     ValueError for weights that are not what files and recipe claim.
     """
@@ -111,14 +110,14 @@ def load(
     kernels = kernels_of(device, dtype, backend)
     with torch.inference_mode():
         if probe is not None:
-            make = partial(quantising.Trial, kernels, sum(map(len, probe)))
+            make = partial(quantising.Trial, kernels, dtype, sum(map(len, probe)))
             tensors = weights.load(*given, torch.bfloat16, stack.task(adapter), make)
         else:
             tensors = weights.load(*given, dtype, stack.task(adapter), lambda read, gated: kernels.linear(*read(), gated=gated))
     loaded = Loaded(spec, tensors, kernels, device, dtype, adapter)
     if probe is not None:
         with device_of(loaded):
-            loaded.weights, loaded.errors = quantising.settle(tensors, probe, loaded.ops)
+            loaded.weights, loaded.errors = quantising.settle(tensors, probe, loaded.ops, dtype)
     loaded.weights = replace(loaded.weights, spare_rows=not all(chained(each) for each in linears(loaded.weights)))
     if room != 0 and shareable(spec):
         loaded.prefixes = PrefixCache(BYTES[device.type] if room is None else room)

@@ -25,7 +25,8 @@ OVERRULED = (
     *("include_prompt", "causal", "full_attention", "normalize", "instruction", "prompts", "default_prompt_name", "output", "drop_layers"),
 )
 Device = str | torch.device
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+FP8_CARDS = (8, 9)  # the oldest compute capability that multiplies fp8
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -66,10 +67,38 @@ def cores() -> list[int]:
 
 def check_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """The dtype asked for; None for "auto"."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if name != "auto" and name not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected 'auto', {', '.join(map(repr, DTYPES))}.")
     return DTYPES.get(name)
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """A dtype as the argument has it."""
+    return "fp8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
+
+
+def check_eight_bits(dtype: torch.dtype, devices: Sequence[torch.device], backend: Backend | None) -> None:
+    """ValueError for a dtype of eight bits on a device that cannot run it."""
+    for device in devices:
+        if dtype == torch.int8 and device.type != "cpu":
+            raise ValueError(f"dtype is 'int8' and device {str(device)!r}; int8 runs on a CPU alone. Use dtype='bfloat16' or device='cpu'.")
+        if dtype != torch.float8_e4m3fn:
+            continue
+        if device.type == "cpu" and backend != "reference":
+            raise ValueError(
+                "dtype is 'fp8' and device 'cpu', where only plain PyTorch computes it, slowly, to show its numbers: backend='reference' "
+                "takes that. Use dtype='int8' or 'bfloat16' to work on a CPU."
+            )
+        if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < FP8_CARDS:
+            raise ValueError(
+                f"dtype is 'fp8', which needs compute capability {at(FP8_CARDS)} or newer, but {device} has {at(capability)}. "
+                "Use dtype='bfloat16'."
+            )
+
+
+def at(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
@@ -85,7 +114,7 @@ def common_dtype(devices: Sequence[torch.device]) -> torch.dtype:
     """The native dtype of all. ValueError where they differ."""
     natives = {device: native_dtype(device) for device in devices}
     if len(set(natives.values())) > 1:
-        listed = ", ".join(f"{str(dtype).removeprefix('torch.')} on {device}" for device, dtype in natives.items())
+        listed = ", ".join(f"{dtype_name(dtype)} on {device}" for device, dtype in natives.items())
         raise ValueError(f"dtype 'auto' is {listed}; say which one all devices are to take (dtype=).")
     return natives[devices[0]]
 

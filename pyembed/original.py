@@ -30,7 +30,7 @@ from pyembed.recipes import NO_RECIPE, methods, recipes
 LONGEST = 512  # a model with a larger limit is asked with texts cut to:
 SHORTER = 256
 # largest distance from their vector, relative to its length, by our dtype
-ERROR = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2, "int8": 2e-1}
+ERROR = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2, "int8": 2e-1, "fp8": 2e-1}
 
 
 @dataclass(frozen=True, slots=True)

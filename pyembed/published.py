@@ -16,12 +16,14 @@ from pyembed.encoder import Encoder
 from pyembed.job import Job
 from pyembed.jsonfile import read_json
 from pyembed.ops import PoolMode
+from pyembed.options import dtype_name
 from pyembed.recipes import recipe_of_id
 
 Outcome = Literal["pass", "FAIL", "not checkable"]
-COSINE = {"float32": 1e-3, "int8": 5e-2}  # largest difference of two cosines by the dtype they were computed in; all others:
+COSINE = {"float32": 1e-3, "int8": 5e-2, "fp8": 5e-2}  # largest difference of two cosines by the dtype they were computed in; all others:
 COSINE_HALF = 1e-2
-VECTOR = {"float32": 5e-3, "int8": 2e-1}  # and of printed numbers of a vector, relative to their length: another GELU moves them by 1e-3
+# and of printed numbers of a vector, relative to their length: another GELU moves them by 1e-3
+VECTOR = {"float32": 5e-3, "int8": 2e-1, "fp8": 2e-1}
 VECTOR_HALF = 5e-2
 
 
@@ -220,7 +222,7 @@ def verdict(name: str, right: bool, detail: str, doubt: str) -> Check:
 
 
 def dtype_of(encoder: Encoder) -> str:
-    return str(encoder.dtype).removeprefix("torch.")
+    return dtype_name(encoder.dtype)
 
 
 def plain_vector(encoder: Encoder, want: PublishedVector) -> np.ndarray:

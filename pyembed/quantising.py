@@ -1,33 +1,39 @@
-"""dtype="int8" at load: which linear layers run in int8. Each is measured once, on what reaches it when a probe text is read in bfloat16.
+"""dtype="int8" or "fp8" at load: which linear layers run in eight bits. Each is measured once, on what reaches it when a probe text is read
+in bfloat16.
 
 A layer's error is the mean over the probe's tokens of |y8 - y| / max(|y - m|, the median of that over the tokens), where y8 is its
-output in int8, y in bfloat16, and m the median of y over the tokens, output by output: what int8 changes as a share of what tells one
-token from another. m counts because a few huge activations that are the same for all tokens ("massive activations") fill the range of
-the eight bits and yet say nothing; beside their part of y, which is as huge, what is lost would look small.
+output in eight bits, y in bfloat16, and m the median of y over the tokens, output by output: what eight bits change as a share of what
+tells one token from another. m counts because a few huge activations that are the same for all tokens ("massive activations") fill the
+range of the eight bits and yet say nothing; beside their part of y, which is as huge, what is lost would look small.
 
-Above LIMIT a layer stays bfloat16. docs/int8.md has the measurements behind that number.
+Above LIMIT a layer stays bfloat16. docs/int8.md has the measurements behind that number. So does in fp8 a layer that `fp8` does not take,
+and attention's output projection, whose rows hold all heads under one scale; it is never tried and not counted.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, cast
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyembed.batch import pack
 from pyembed.blocks import Layer, PerLayer
-from pyembed.int8 import int8
-from pyembed.linear import Linear, Read
+from pyembed.fp8 import fp8
+from pyembed.int8 import Int8, int8
+from pyembed.linear import Input, Linear, Read
 from pyembed.model import Weights, forward
-from pyembed.ops import Ops
+from pyembed.ops import Ops, Quantised
 from pyembed.tensorfile import shorten
 from pyembed.tokenizer import Tokenizer
 
 LIMIT = 0.05
+EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)  # the dtypes that are decided here
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     "In 1969, two astronauts walked on the Moon for the first time; about 600 million people watched.",
@@ -52,7 +58,9 @@ class Trial:
     """A linear layer before it is known how it will run. `apply` reads its weight, decides, and gives the output in bfloat16."""
 
     chains: ClassVar[bool] = False
+    wants: ClassVar[None] = None
     ops: Ops
+    dtype: torch.dtype  # one of EIGHT_BITS
     tokens: int  # of the probe: the first rows, which count
     read: Read
     gated: bool
@@ -63,16 +71,22 @@ class Trial:
     def fuses(self) -> frozenset[str]:
         return frozenset()
 
-    def apply(self, x: Tensor, *, act: str | None = None) -> Tensor:
+    def apply(self, x: Input, *, act: str | None = None) -> Tensor:
         """x [rows, in_features] bfloat16 to [rows, out_features]."""
-        assert act is None, act
+        assert act is None and not isinstance(x, Quantised)
         weight, bias = self.read()
-        quantised = int8(weight, bias)
+        eight = int8(weight, bias) if self.dtype == torch.int8 else fp8(weight, bias)
         right = F.linear(x, weight, bias)
-        self.error = error(quantised.apply(x)[: self.tokens].float(), right[: self.tokens].float())
-        good = self.error <= LIMIT
-        self.made = self.ops.int8(quantised, gated=self.gated) if good else self.ops.linear(weight, bias, gated=self.gated)
+        self.error = math.inf if eight is None else error(eight.apply(x)[: self.tokens].float(), right[: self.tokens].float())
+        if eight is None or not self.error <= LIMIT:
+            self.made = self.ops.linear(weight, bias, gated=self.gated)
+        else:
+            self.made = self.ops.int8(eight, gated=self.gated) if isinstance(eight, Int8) else eight
         return right
+
+    def in_bfloat16(self) -> Linear:
+        """The layer without a trial."""
+        return self.ops.linear(*self.read(), gated=self.gated)
 
 
 def error(ours: Tensor, right: Tensor) -> float:
@@ -81,12 +95,15 @@ def error(ours: Tensor, right: Tensor) -> float:
     return float(((ours - right).norm(dim=1) / apart.clamp_min(float(apart.median()))).mean())
 
 
-def settle(weights: Weights, ids: Sequence[np.ndarray], ops: Ops) -> tuple[Weights, dict[str, float]]:
+def settle(weights: Weights, ids: Sequence[np.ndarray], ops: Ops, dtype: torch.dtype) -> tuple[Weights, dict[str, float]]:
     """Weights whose linear layers are Trials, with what each of them comes to be, and the error of each by its name.
 
     `ids` are those of `probe`. They are read once, layer by layer, so that the process never holds more than one layer in bfloat16
-    beside the int8 ones.
+    beside those in eight bits.
     """
+    if dtype == torch.float8_e4m3fn:
+        outs = (cast("Trial", layer.out).in_bfloat16() for layer in weights.layers)
+        weights = replace(weights, layers=tuple(replace(layer, out=out) for layer, out in zip(weights.layers, outs, strict=True)))
     forward(weights, pack(ids, None, ops, weights.tokens.device), ops)
     errors: dict[str, float] = {}
     layers = tuple(cast("Layer", settled(layer, f"layers.{n}", errors)) for n, layer in enumerate(weights.layers))
@@ -114,8 +131,9 @@ def stayed(errors: Mapping[str, float]) -> list[str]:
     return [name for name, error in errors.items() if not error <= LIMIT]
 
 
-def summary(errors: Mapping[str, float]) -> str:
-    """How many linear layers run in int8, and which do not."""
+def summary(errors: Mapping[str, float], dtype: torch.dtype) -> str:
+    """How many linear layers run in eight bits, and which do not."""
     others = stayed(errors)
+    tried = "linear layers beside attention's output projections" if dtype == torch.float8_e4m3fn else "linear layers"
     beside = f"; in bfloat16: {shorten(others)}" if others else ""
-    return f"{len(errors) - len(others)} of {len(errors)} linear layers{beside}"
+    return f"{len(errors) - len(others)} of {len(errors)} {tried}{beside}"

@@ -99,7 +99,7 @@ class Loaded:
     dtype: torch.dtype
     adapter: str | None = None  # of those to switch between
     prefixes: PrefixCache | None = None  # None: every text is run whole
-    errors: dict[str, float] = field(default_factory=dict)  # of each linear layer in int8 (quantising.py)
+    errors: dict[str, float] = field(default_factory=dict)  # of each linear layer in eight bits (quantising.py)
     turns: Turns = field(default_factory=Turns)
 
 

@@ -20,12 +20,16 @@ from pyembed.info import mask
 from pyembed.original import against_original, answers_of
 from pyembed.probes import PROBE, ProbeError, check_ids, check_mask
 from pyembed.published import Check, all_ids, checks, dtype_of, id_of_recipe, known_as, published
+from pyembed.quantising import EIGHT_BITS
 from pyembed.recipes import methods, recipe_of_id, recipes
+from pyembed.runner import out_of_memory
 
 Against = Literal["transformers", "card"]
 SHORT = (PROBE, "a", "What is Deep Learning?")
 # Largest distance between a text's vectors in two batches, relative to their length. On a CPU in float32 and bfloat16 there is none.
-BATCH = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
+BATCH = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3, "fp8": 1e-1}
+NEAREST = 10
+LEAST = 0.99  # mean cosine of vectors in eight bits and in float32: layers all at the rule's limit leave about 0.993 (docs/int8.md)
 UNIT = 1e-5  # largest distance of a unit vector's length from 1
 
 
@@ -45,6 +49,8 @@ def verify(load: Callable[[], Encoder], model: str, *, as_id: str | None, agains
             return head, out
     if against in (None, "card"):
         out += against_card(encoder, model, as_id)
+    if against is None and encoder.dtype in EIGHT_BITS:
+        out.append(beside_float32(encoder))
     if against in (None, "transformers"):
         answers = answers_of(encoder, texts_of(encoder))
         del encoder  # memory for the other implementation
@@ -192,6 +198,41 @@ def probe_output(encoder: Encoder, vectors: np.ndarray) -> list[Check]:
         right = bool((vectors == np.round(vectors)).all() and np.abs(vectors).max() <= 128)
         return [Check("integers", "pass" if right else "FAIL", f"from {vectors.min():g} to {vectors.max():g}")]
     return []
+
+
+# Eight bits
+
+
+def beside_float32(encoder: Encoder) -> Check:
+    """The vectors of texts that are published with others' numbers, beside those of the same model in float32."""
+    given = published().inputs.values()
+    texts = list(dict.fromkeys(text for each in given for text in (*each.queries, *each.documents)))
+    arguments = encoder._arguments | {"device": encoder.device, "dtype": "float32"}
+    try:
+        cosines, same = agreement(encode(encoder, texts), encode(Encoder(**arguments), texts))
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return Check("beside float32", "not checkable", "there is no memory for the same model in float32")
+    mean, least = cosines.mean(), cosines.min()
+    detail = f"{len(texts)} texts: mean cosine {mean:.4f}, at least {LEAST}; least cosine {least:.4f}; top-{NEAREST} agreement {same:.3f}"
+    return Check("beside float32", "pass" if mean >= LEAST else "FAIL", detail)
+
+
+def agreement(vectors: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, float]:
+    """Each row's cosine with the right one, [N], and the share of a row's NEAREST others that are the right row's too."""
+    a, b = (each.astype(np.float64) for each in (vectors, right))
+    cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    same = [len(np.intersect1d(ours, theirs)) / NEAREST for ours, theirs in zip(nearest(a), nearest(b), strict=True)]
+    return cosines, float(np.mean(same))
+
+
+def nearest(vectors: np.ndarray) -> np.ndarray:
+    """The NEAREST others of each row by cosine, [N, NEAREST]."""
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    scores = unit @ unit.T
+    np.fill_diagonal(scores, -np.inf)
+    return np.argpartition(-scores, NEAREST, axis=1)[:, :NEAREST]
 
 
 # What the steps share

@@ -31,7 +31,7 @@ from pyembed.runner import POLL, LaneLost, Made, Reads, Rows, Stop, Stopped, che
 from pyembed.worker import Failed, Flat, Place, send
 
 PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from pyembed.worker import main; main(int(sys.argv[1]))"
-Loaded = tuple[Budget, dict[str, float]]  # how much a worker takes at once, and the errors of its linear layers in int8
+Loaded = tuple[Budget, dict[str, float]]  # how much a worker takes at once, and the errors of its linear layers in eight bits
 PATIENCE = 2.0  # seconds that a worker has to end by itself
 
 logger = logging.getLogger("pyembed")

@@ -41,6 +41,6 @@ TOKENS = 16384  # in a batch; not measured
 
 
 def budget(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Budget:
-    """TOKENS, or what a quarter of the memory that is free now holds."""
-    room = torch.cuda.mem_get_info(device)[0] // 4 // activation_bytes(config, dtype.itemsize)
+    """TOKENS, or what a quarter of the memory that is free now holds. In fp8 most activations are bfloat16."""
+    room = torch.cuda.mem_get_info(device)[0] // 4 // activation_bytes(config, max(2, dtype.itemsize))
     return Budget(max(16, min(TOKENS, room)), balance(config, rate=0.5), windows=8)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import pyembed._cpu as _cpu
 from pyembed.int8 import Int8
-from pyembed.linear import Chain, Linear
+from pyembed.linear import Chain, Input, Linear
 from pyembed.linear import linear as by_library
-from pyembed.ops import Norm
+from pyembed.ops import Norm, Quantised
 from pyembed.ops.checks import GATED, PLAIN, check, norm_argument, residual_argument
 
 PANEL: int = _cpu.PANEL
@@ -28,6 +28,7 @@ class Panels:
     """y = x W^T + b with W [O, I]; of a `gated` layer, W = [gate; up], act(gate x) * up x [rows, O / 2]."""
 
     chains: ClassVar[bool] = True
+    wants: ClassVar[None] = None
     words: Tensor  # [panels, words, PANEL] int32, two bfloat16 or four int8 in each
     bias: Tensor | None  # [panels * PANEL] float32
     scale: Tensor | None  # [panels * PANEL] float32, of int8 weights
@@ -41,8 +42,9 @@ class Panels:
         """The activations that `apply` takes; a gated layer needs one of them."""
         return frozenset(GATED if self.gated else PLAIN)
 
-    def apply(self, x: Tensor, *, act: str | None = None) -> Tensor:
+    def apply(self, x: Input, *, act: str | None = None) -> Tensor:
         """x [rows, in_features] bfloat16 to [rows, out_features]."""
+        assert not isinstance(x, Quantised)
         return run(x, self, act, None, None, None)
 
     def chain(

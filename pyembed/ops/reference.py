@@ -31,10 +31,13 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _maybe_quantise(x: Tensor, dtype: torch.dtype, quant: Quant | None) -> Tensor | Quantised:
-    """Round wide `x` to `dtype`; with `quant`, then to eight bits with one scale per row (absmax / largest value)."""
+    """Round wide `x` to `dtype`; with `quant`, then to eight bits."""
     x = x.to(dtype)
-    if quant is None:
-        return x
+    return x if quant is None else quantised(x, quant)
+
+
+def quantised(x: Tensor, quant: Quant) -> Quantised:
+    """Rows in eight bits with one scale each, absmax / largest value. A row that is not finite has a scale that is not."""
     wide, largest = _wide(x), (FP8_MAX if quant == "fp8" else 127.0)
     scale = wide.abs().amax(-1, keepdim=True).clamp_min(1e-12) / largest
     scaled = wide / scale

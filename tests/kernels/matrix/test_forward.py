@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -15,10 +16,12 @@ import pytest
 import torch
 from test_latent import directory, mistral  # noqa: F401 - fixtures
 
-from pyembed import Encoder, ops
+from pyembed import Encoder, loading, ops, quantising
+from pyembed.fp8 import Fp8
 from pyembed.kernels import pool
-from pyembed.ops import cuda
+from pyembed.ops import Quantised, cuda
 from pyembed.ops.budget import Budget
+from pyembed.options import FP8_CARDS
 
 LENGTHS = (1, 2, 17, 40, 33)
 Encode = Callable[..., np.ndarray]
@@ -56,6 +59,22 @@ def test_vectors(encoded: Encode, checkpoint: Callable[[str], Path], name: str) 
     assert off(encoded(checkpoint(name), texts, "float32"), right) <= 1e-5
     lost = off(encoded(checkpoint(name), texts, "bfloat16", "reference"), right)
     assert off(encoded(checkpoint(name), texts, "bfloat16"), right) <= 2 * lost + 2 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CARDS, reason="this card multiplies no fp8")
+@pytest.mark.parametrize(("name", "own"), [("llama", 0), ("gptj", 0), ("bert", 7)])
+def test_fp8(encoded: Encode, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str, own: int) -> None:
+    """The kernels give rows in eight bits, all but `own` of ten layers', and vectors are nearer to the reference's than float32's."""
+    monkeypatch.setattr(quantising, "LIMIT", math.inf)
+    monkeypatch.setattr(loading, "check_eight_bits", lambda *_: None)  # interpreted on a CPU
+    texts = checkpoints.sentences(LENGTHS)
+    right = encoded(checkpoint(name), texts, "float32", "reference")
+    expected = encoded(checkpoint(name), texts, "fp8", "reference")
+    calls, run = [], Fp8.apply
+    monkeypatch.setattr(Fp8, "apply", lambda self, x, act=None: (calls.append(isinstance(x, Quantised)), run(self, x))[1])
+    y = encoded(checkpoint(name), texts, "fp8")
+    assert calls[10:20].count(False) == own  # after ten trials
+    assert off(y, expected) <= 0.5 * off(expected, right)
 
 
 def test_nv_embeds_head(encoded: Encode, request: pytest.FixtureRequest) -> None:
