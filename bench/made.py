@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -13,6 +14,16 @@ import pyembed
 
 SHAPE = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
 VOCABULARY = 151669
+KINDS: dict[str, dict[str, Any]] = {  # what config.json says beside the sizes
+    "qwen3": {
+        "architectures": ["Qwen3Model"],
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+    },
+    "mistral": {"architectures": ["MistralModel"], "rms_norm_eps": 1e-5, "rope_theta": 1e4, "sliding_window": None},
+}
 
 
 def made(
@@ -22,15 +33,18 @@ def made(
     shape: dict[str, int] = SHAPE,
     vocabulary: int = VOCABULARY,
     deviation: float | None = None,
+    *,
+    kind: str = "qwen3",
+    device: str = "cpu",
 ) -> Path:
-    """A Qwen3-Embedding, of 0.6B unless another shape is given, with random weights and a tokenizer trained on the corpus.
+    """A Qwen3-Embedding, of 0.6B unless another shape is given, with random weights and a tokenizer trained on the corpus; or a Mistral.
 
-    Weights are saved in bfloat16. `deviation` of all matrices; None: 1 / sqrt(in), and 1 for the embeddings.
+    Weights are drawn on `device` and saved in bfloat16. `deviation` of all matrices; None: 1 / sqrt(in), and 1 for the embeddings.
     """
     width, inner, head = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
-    config = shape | {"model_type": "qwen3", "architectures": ["Qwen3Model"], "vocab_size": vocabulary, "num_hidden_layers": layers}
-    config |= {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu", "torch_dtype": "bfloat16"}
-    (directory / "config.json").write_text(json.dumps(config | {"attention_bias": False, "tie_word_embeddings": True}))
+    config = shape | {"model_type": kind, "vocab_size": vocabulary, "num_hidden_layers": layers, "torch_dtype": "bfloat16"}
+    config |= {"max_position_embeddings": 32768, "hidden_act": "silu"} | KINDS[kind]
+    (directory / "config.json").write_text(json.dumps(config))
     kinds = ("Transformer", "Pooling", "Normalize")
     places = [f"{n}_{kind}" if n else "" for n, kind in enumerate(kinds)]
     entries = [
@@ -51,10 +65,11 @@ def made(
     tokenizer.save(str(directory / "tokenizer.json"))
     specials = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (directory / "tokenizer_config.json").write_text(json.dumps(specials | {"model_max_length": 32768}))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if deviation is None else deviation)).bfloat16()
+        numbers = torch.randn(shape, generator=generator, device=device)
+        return (numbers * (shape[-1] ** -0.5 if deviation is None else deviation)).bfloat16().cpu()
 
     queries, keys = shape["num_attention_heads"] * head, shape["num_key_value_heads"] * head
     embeddings = drawn(vocabulary, width) * (width**0.5 if deviation is None else 1)
@@ -65,7 +80,8 @@ def made(
         tensors |= {f"{at}self_attn.{name}_proj.weight": drawn(size, width) for name, size in rows.items()}
         tensors |= {f"{at}self_attn.o_proj.weight": drawn(width, queries), f"{at}mlp.down_proj.weight": drawn(width, inner)}
         tensors |= {f"{at}mlp.{name}_proj.weight": drawn(inner, width) for name in ("gate", "up")}
-        tensors |= {f"{at}self_attn.{name}_norm.weight": torch.ones(head).bfloat16() for name in "qk"}
+        if kind == "qwen3":
+            tensors |= {f"{at}self_attn.{name}_norm.weight": torch.ones(head).bfloat16() for name in "qk"}
         tensors |= {f"{at}{name}_layernorm.weight": torch.ones(width).bfloat16() for name in ("input", "post_attention")}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory

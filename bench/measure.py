@@ -23,7 +23,8 @@ PACKAGES = (
     *("openvino", "nncf", "onnxruntime", "onnx"),
 )
 AGAIN = ", again"  # ends the name of a case that is another one, timed twice
-LEAST = {"float32": (0.99999, 0.99999), "bfloat16": (0.9995, 0.9995), "int8": (0.997, 0.985)}  # mean and smallest cosine
+# mean and smallest cosine
+LEAST = {"float32": (0.99999, 0.99999), "bfloat16": (0.9995, 0.9995), "fp8": (0.997, 0.99), "int8": (0.997, 0.985)}
 
 
 def seconds(work: Callable[[], Any]) -> float:
