@@ -6,12 +6,13 @@
 The softmax is online, in base 2; `post` is scale * log2(e), or what is left of it after softcap and bias. Scores, sums and the result are
 float32; p is rounded to the activation dtype before it meets V, its sum is not. A hidden key adds exactly zero. float32 is true float32.
 
-A program has one tile (tiles.py): ROWS rows, and KEYS keys at a time. The form of a text's tiles follows from its own number of queries
-and from whether `q_start` is given; its blocks of keys start at its own first key (a prefix's at the prefix's first key), and slots at
-multiples of their size. So nothing that is computed for a text depends on what else is in the batch: on one card, with one launch table,
-its rows have the same bits in any batch, alone or not. (The interpreter shows this. On a GPU it rests on products and sums being taken in
-aligned powers of two, to which zeros add nothing; not measured.) In a shared tile a row that sees a key whose value is not finite is NaN
-in all of its dimensions.
+A program has one tile (tiles.py): ROWS rows, and KEYS keys at a time. The form of a text's tiles follows from its own number of queries,
+the dtype, and whether `q_start` and `bias` are given, never from `prefix`, which varies from batch to batch; its blocks of keys start at
+its own first key (a prefix's at the prefix's first key), and slots at multiples of their size. So nothing that is computed for a text
+depends on what else is in the batch: on one card, with one launch table, its rows have the same bits in any batch, alone or not. (The
+interpreter shows this. On a GPU it rests on products and sums being taken in aligned powers of two, to which zeros add nothing, and on
+the compiler's doing the same with and without a prefix; not measured.) In a shared tile a row that sees a key whose value is not finite
+is NaN in all of its dimensions.
 
 Bytes: q and out once; k and v once for each tile that sees them, mostly from L2. FLOPs: 4 * K for each row and key of a tile's blocks.
 """
@@ -212,7 +213,8 @@ def attention_kernel(
                 k_row, v_row, d, table, radius, pre, cap, post, WIDTH, BLOCK_D, SHARED, SOFTCAP,
             )  # fmt: skip
     else:
-        # Blocks from begin to end; those from all_first to all_end every row sees whole, and they need no mask. Then the others.
+        # Blocks from begin to end; those from all_first to all_end every row sees whole, and they need no mask. Then the others, which
+        # read the text's last key in place of those beyond it: no row sees these, and a load without a mask takes fewer registers.
         begin = tl.maximum(low_first - before, 0) // KEYS * KEYS
         end = high_last - before
         all_first = tl.cdiv(tl.maximum(low_last - before, 0), KEYS) * KEYS

@@ -2,7 +2,8 @@
 
 A tile is queries x heads of one group, which share the keys and values that they read. It has one of three forms:
 - long: queries of one text, as many as fit;
-- few: the same with few rows, for texts of at most SHORT queries where `q_start` is given (a last layer that computes what is pooled);
+- few: the same with few rows, for texts of at most SHORT queries where `q_start` is given (a last layer that computes what is pooled),
+  and in float32, where there is no tensor core to fill;
 - short: several texts of at most SHORT queries, each in a slot of UNIT or 2 * UNIT queries and as many keys, under a block-diagonal mask.
 """
 
@@ -37,7 +38,8 @@ def _launches(*numbers: tuple[int, ...]) -> dict[int, Launch]:
 
 
 # By form, card (see `card`) and bytes of a number, which is true float32 if it has four: no tensor cores. Predictions, not measured:
-# `python bench/triton_attention.py` prints this table on a GPU. Head dimension: 16, 32, 64, 128, 256.
+# `python bench/triton_attention.py` prints this table on a GPU. Head dimension: 16, 32, 64, 128, 256. In a pipeline of two stages a block
+# is asked for when the one before it is done, and waited for at once; in one of three it is under way meanwhile.
 LAUNCHES: dict[tuple[str, int, int], dict[int, Launch]] = {
     ("long", 80, 2): _launches((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 4, 3), (64, 32, 8, 2)),
     ("long", 90, 2): _launches((128, 64, 8, 3, 2), (128, 64, 8, 3, 2), (128, 64, 8, 3, 2), (128, 64, 8, 3), (128, 32, 8, 3)),
@@ -51,6 +53,7 @@ for _card in (80, 90, 100):
         ("few", _card, 4): _launches((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
     }
 # Where there is a bias, which takes registers, by form and bytes of a number. Nothing is pipelined: the bias would be, number by number.
+# Not measured, and not swept.
 BIASED: dict[tuple[str, int], dict[int, Launch]] = {
     ("long", 2): _launches((128, 64, 8, 1), (128, 32, 8, 1), (128, 64, 8, 1), (64, 32, 8, 1), (64, 16, 8, 1)),
     ("few", 2): _launches((16, 64, 4, 1), (16, 64, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
