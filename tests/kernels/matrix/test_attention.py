@@ -39,7 +39,7 @@ def in_less_time() -> Iterator[None]:
 
 
 def check(case: Case, *wrong: dict[str, Any]) -> None:
-    """Wrong variants in float32 alone, where the tolerance is closest."""
+    """Wrong variants in float32 alone, where the tolerance is closest; of shared tiles, which float32 has not, below."""
     attention_cases.check(ops, case, *(wrong if case.dtype is torch.float32 else ()))
 
 
@@ -69,6 +69,21 @@ def test_options(dtype: torch.dtype) -> None:
     check(case.change(bias=a_bias(2, 300), softcap=2.0, causal=True), {"softcap": None}, {"bias": None}, {"causal": False})
     check(case.change(scale=-0.2), {"scale": 0.2})
     check(case.change(scale=0.0), {"scale": 0.2})
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_wrong_variants_of_shared_tiles(groups: int) -> None:
+    case, bias = Case(torch.float16, [1, 3, 0, 16, 17, 32], [1, 3, 0, 16, 17, 32], 2, groups), a_bias(2, 12)
+    wrong: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"causal": True}, {"causal": False}),
+        ({"window": (9, 5)}, {"window": (8, 5)}),
+        ({"window": (9, 5)}, {"window": (9, 6)}),
+        ({"softcap": 2.0}, {"softcap": 3.0}),
+        ({"bias": bias}, {"bias": DistanceBias(bias.table.flip(1))}),
+        ({"prefix": a_prefix(case, [5, 40], [0, 1, 1, 1, -1, 0])}, {"prefix": a_prefix(case, [5, 40], [1, 0, 1, 1, 0, -1])}),
+    ]
+    for options, other in wrong:
+        attention_cases.check(ops, case.change(**options), other)
 
 
 @dtypes
