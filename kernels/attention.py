@@ -187,7 +187,7 @@ def attention_kernel(
             seen_end = tl.where(of == p, tl.minimum(high, size), 0)
             if SHARED:
                 begin = 0
-                end = size
+                end = size * tl.max((of == p).to(tl.int32), 0)  # one that no text of the tile has is passed over
             else:
                 begin = low_first // KEYS * KEYS
                 end = tl.minimum(high_last, size)
@@ -314,5 +314,6 @@ def attention(
                 scale / cap, cap, LOG2E * (cap if bias is None else 1.0),
                 WIDTH=width, BLOCK_D=tiling.padded(width), ROWS=one.rows, KEYS=one.keys, HEADS=one.heads,
                 SHARED=form == "short", SOFTCAP=softcap is not None, num_warps=one.warps, num_stages=one.stages, maxnreg=one.registers,
+                enable_fp_fusion=True,
             )  # fmt: skip
     return out

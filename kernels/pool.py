@@ -200,5 +200,6 @@ def pool(
         combine_kernel[(texts,)](
             partials, cu_seqlens, spans, out, count, width, kept,
             PIECE=PIECE, MODE=mode, NORMALIZE=normalize, BLOCK=launch["BLOCK"], num_warps=launch["num_warps"],
+            enable_fp_fusion=True,
         )  # fmt: skip
     return out

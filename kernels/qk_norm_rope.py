@@ -172,5 +172,5 @@ def qk_norm_rope(
             q_weight, q_bias, 0.0 if q_norm is None else q_norm.eps, k_weight, k_bias, 0.0 if k_norm is None else k_norm.eps,
             WIDTH=width, HALF=half, ROWS=heads, BLOCK_PAIRS=triton.next_power_of_2(max(1, half)),
             BLOCK_REST=triton.next_power_of_2(max(1, width - 2 * half)), INTERLEAVED=interleaved and half > 0,
-            Q_NORM=_kind(q_norm), K_NORM=_kind(k_norm), num_warps=warps,
+            Q_NORM=_kind(q_norm), K_NORM=_kind(k_norm), num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip

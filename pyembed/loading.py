@@ -72,11 +72,15 @@ def check_kernels(family: Family, device: torch.device, dtype: torch.dtype, back
         if backend == "kernels":
             raise ValueError("backend is 'kernels', but on a CPU there are none for float16; use dtype='bfloat16' or 'float32'.")
         logger.warning("float16 on a CPU is computed by plain PyTorch, many times slower than bfloat16 or float32.")
+    elif backend == "kernels" and too_old(device):
+        raise ValueError(f"backend is 'kernels', which need compute capability 8.0; {device} has less. Use backend='reference'.")
     elif backend is None and kernels_of(device, dtype, backend).__name__.endswith("reference"):
         if device.type == "cpu":
             why = "pyembed's C++ kernels were not built, so plain PyTorch serves; reinstall pyembed where a C++ compiler is."
         elif ops.CUDA_RECORD is None:
             why = "No GPU has run pyembed's Triton kernels yet, so plain PyTorch serves; backend='kernels' takes them."
+        elif too_old(device):
+            why = f"{device} is older than compute capability 8.0, which pyembed's Triton kernels need, so plain PyTorch serves."
         else:
             why = "Triton is not installed, so plain PyTorch serves; `pip install triton`."
         warnings.warn(why, RuntimeWarning, stacklevel=5)
@@ -85,7 +89,12 @@ def check_kernels(family: Family, device: torch.device, dtype: torch.dtype, back
 def kernels_of(device: torch.device, dtype: torch.dtype, backend: Backend | None) -> ops.Ops:
     """The ops that serve a dtype on a device."""
     slow = device.type == "cpu" and dtype == torch.float16  # no kernels: no CPU we know computes faster in it
-    return ops.select(device, "reference" if slow else backend)
+    return ops.select(device, "reference" if slow or (backend is None and too_old(device)) else backend)
+
+
+def too_old(device: torch.device) -> bool:
+    """Whether it is a CUDA device without bfloat16 products."""
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def load(

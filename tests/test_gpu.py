@@ -10,12 +10,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 TEXTS = ["What is Deep Learning?", "a", "", "The quick brown fox jumps over the lazy dog. " * 12]
 
 
+@pytest.mark.parametrize("backend", ["reference", "kernels"])
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3", "gemma2", "embeddinggemma", "bert", "xlm-roberta"])
-def test_tiny_models_on_cuda(checkpoint, name):
+def test_tiny_models_on_cuda(checkpoint, name, backend):
     import checkpoints
 
     texts = checkpoints.sentences((1, 2, 17, 40, 75))
-    ours, right = (Encoder(checkpoint(name), device=device, dtype="float32").encode(texts) for device in ("cuda", "cpu"))
+    ours = Encoder(checkpoint(name), device="cuda", dtype="float32", backend=backend).encode(texts)
+    right = Encoder(checkpoint(name), device="cpu", dtype="float32").encode(texts)
     assert (np.linalg.norm(ours - right, axis=1) / np.linalg.norm(right, axis=1)).max() <= 1e-4  # TF32 is off by default
 
 

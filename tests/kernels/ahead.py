@@ -94,8 +94,8 @@ def narrow_products(ttir: str) -> list[str]:
 
 
 def compiled(launch: Launch, capability: int, folder: str) -> Any:
-    """Here and now, with fused multiply-add, as Triton 3.6 and 3.9 have it. Its asm["sass"] is there while the folder is."""
-    with mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder, TRITON_DEFAULT_FP_FUSION="1"):
+    """Here and now. Its asm["sass"] is there while the folder is."""
+    with mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder):
         return triton.compile(launch.source, target=GPUTarget("cuda", capability, 32), options=launch.options)
 
 

@@ -36,12 +36,10 @@ EXTRAS = ("", "softcap", "prefix", "softcap, prefix", "bias", "softcap, prefix, 
 
 
 def telling(form: str, width: int, dtype: torch.dtype, extras: str) -> bool:
-    """One of the cases that have most registers, of each table, and long tiles as nearly all models have them."""
+    """Each entry of both tables once, with the options that take most registers, and long tiles as nearly all models have them."""
     if not extras:
-        return form == "long" and dtype is BF16 and width >= 64
-    if "bias" in extras:
-        return extras == EXTRAS[-1] and (width == 256 or (form == "long" and width == 64))
-    return (extras == "softcap, prefix" and width in (64, 256)) or (extras == "prefix" and width == 128 and dtype is BF16)
+        return form == "long" and dtype is BF16
+    return extras in ("prefix" if width == 128 else "softcap, prefix", EXTRAS[-1])
 
 
 def attentions(every: bool) -> Iterator[tuple[str, Call]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from pyembed import Encoder, ops
-from pyembed.loading import check_kernels
+from pyembed.loading import check_kernels, kernels_of
 from pyembed.ops import Ops, cuda, reference, select
 
 CUDA = torch.device("cuda", 0)
@@ -55,10 +56,7 @@ def test_kernels_that_are_not_here(monkeypatch: pytest.MonkeyPatch, device: str,
 
 
 def test_what_serves_instead_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Family:
-        float16 = True
-
-    family: Any = Family()
+    family: Any = SimpleNamespace(float16=True)
     with pytest.warns(RuntimeWarning, match="No GPU has run pyembed's Triton kernels yet, so plain PyTorch serves"):
         check_kernels(family, CUDA, torch.bfloat16, None)
     monkeypatch.setattr(ops, "CUDA_RECORD", "bench/results/a-gpu.json")
@@ -68,6 +66,21 @@ def test_what_serves_instead_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         check_kernels(family, CUDA, torch.bfloat16, None)
     with pytest.raises(ValueError, match="there are none for float16"):
         check_kernels(family, torch.device("cpu"), torch.float16, "kernels")
+
+
+def test_cards_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "CUDA_RECORD", "bench/results/a-gpu.json")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, module in (((7, 5), reference), ((8, 0), cuda)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert kernels_of(CUDA, torch.float32, None) is module
+    family: Any = SimpleNamespace(float16=True)
+    check_kernels(family, CUDA, torch.float32, "kernels")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match=r"which need compute capability 8\.0; cuda:0 has less"):
+        check_kernels(family, CUDA, torch.float32, "kernels")
+    with pytest.warns(RuntimeWarning, match=r"cuda:0 is older than compute capability 8\.0"):
+        check_kernels(family, CUDA, torch.float32, None)
 
 
 def test_asked_for_on_a_cpu(minilm: Any) -> None:

@@ -74,6 +74,7 @@ def greedy_kernel(x, BLOCK: tl.constexpr):
     tl.store(at, y / tl.sum(y, 0))
 
 
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
 def test_faults_are_found() -> None:
     x = torch.empty(8192)
 
@@ -118,7 +119,6 @@ SIZES: dict[str, Callable[[int], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
 @pytest.mark.parametrize("name", SIZES)
 def test_no_batch_compiles_anything_anew(name: str) -> None:
     """Not its tokens, not its texts."""
