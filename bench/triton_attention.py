@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton_ops import error
 
 from pyembed.kernels import tiles
 from pyembed.kernels.attention import attention, schedule
@@ -71,10 +72,6 @@ def tensors(queries: list[int], keys: list[int], width: int, dtype: torch.dtype)
 def options(form: str, queries: list[int], keys: list[int], width: int, causal: bool) -> dict[str, Any]:
     start = torch.tensor([k - q for q, k in zip(queries, keys, strict=True)], dtype=torch.int32, device="cuda")
     return {"causal": causal, "scale": width**-0.5, "q_start": start if form == "few" else None}
-
-
-def error(y: Tensor, r: Tensor) -> float:
-    return float(((y.double() - r).abs().amax(-1) / r.abs().amax(-1)).nan_to_num(nan=math.inf).max())
 
 
 def right(form: str, width: int, dtype: torch.dtype) -> bool:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from op_check import assert_misses, assert_right, hostile, normal, offsets
+from hypothesis import strategies as st
+from op_check import assert_misses, assert_right, error, hostile, limit, normal, offsets
 from torch import Tensor
 
 from pyembed.ops import DistanceBias, Prefix, reference
@@ -58,6 +59,42 @@ def check(ops: Any, case: Case, *wrong: dict[str, Any]) -> None:
     assert_right(run(ops, case), same, r, case.dtype)
     for options in wrong:
         assert_misses(run(ops, case.change(**options)), same, r, case.dtype)
+
+
+def any_call(longest: int, reach: int, widest: int, dtypes: list[torch.dtype]) -> dict[str, st.SearchStrategy[Any]]:
+    """What hypothesis draws for `check_any`: texts of (keys, queries, q_start, prefix), and options."""
+    text = st.tuples(st.integers(0, longest), st.integers(0, longest), st.integers(0, longest + 10), st.integers(-1, 1))
+    return {
+        "texts": st.lists(text, min_size=1, max_size=4),
+        "group": st.integers(1, 3),
+        "width": st.integers(16, widest),
+        "causal": st.booleans(),
+        "window": st.one_of(st.none(), st.tuples(st.integers(-1, reach), st.integers(-1, reach))),
+        "softcap": st.sampled_from([None, 1.5]),
+        "radius": st.one_of(st.none(), st.integers(0, 60)),
+        "placed": st.booleans(),
+        "shared": st.one_of(st.none(), st.integers(0, 80)),
+        "dtype": st.sampled_from(dtypes),
+    }
+
+
+def check_any(
+    ops: Any, texts: list[tuple[int, int, int, int]], group: int, width: int, causal: bool, window: tuple[int, int] | None,
+    softcap: float | None, radius: int | None, placed: bool, shared: int | None, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """A call that `any_call` drew is right, and rows that see nothing are zeros."""
+    keys, queries, starts, of = (list(each) for each in zip(*texts, strict=True))
+    case = Case(dtype, keys, queries, 2 * group, 2, width).change(causal=causal, window=window, softcap=softcap)
+    if radius is not None:
+        case = case.change(bias=a_bias(2 * group, radius))
+    if placed:
+        case = case.change(q_start=torch.tensor(starts, dtype=torch.int32))
+    if shared is not None:
+        case = case.change(prefix=a_prefix(case, [shared, 7], of))
+    y, same, r = run(ops, case), expected(case, dtype), expected(case, torch.float64)
+    blind = (r == 0).all(-1)
+    assert not y[blind].any()
+    assert error(y[~blind], r[~blind]) <= limit(same[~blind], r[~blind], dtype)
 
 
 def a_bias(heads: int, radius: int) -> DistanceBias:

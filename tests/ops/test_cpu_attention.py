@@ -9,10 +9,9 @@ from typing import Any
 import attention_cases
 import pytest
 import torch
-from attention_cases import Case, a_bias, a_prefix, expected
+from attention_cases import Case, a_bias, a_prefix, any_call
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from op_check import DTYPES, error, limit, offsets
+from op_check import DTYPES, offsets
 from torch import Tensor
 
 from pyembed.ops import DistanceBias, Prefix, cpu
@@ -178,36 +177,7 @@ def test_a_text_has_the_same_bits_anywhere(dtype: torch.dtype, options: dict[str
     assert torch.equal(attend(slice(None), lengths)[221:], together[221:])
 
 
-texts = st.lists(st.tuples(st.integers(0, 140), st.integers(0, 140), st.integers(0, 150), st.integers(-1, 1)), min_size=1, max_size=4)
-limits = st.one_of(st.none(), st.tuples(st.integers(-1, 80), st.integers(-1, 80)))
-
-
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    texts=texts,
-    group=st.integers(1, 3),
-    width=st.integers(16, 70),
-    causal=st.booleans(),
-    window=limits,
-    softcap=st.sampled_from([None, 1.5]),
-    radius=st.one_of(st.none(), st.integers(0, 60)),
-    placed=st.booleans(),
-    shared=st.one_of(st.none(), st.integers(0, 80)),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_any_mask(
-    texts: list[tuple[int, int, int, int]], group: int, width: int, causal: bool, window: tuple[int, int] | None,
-    softcap: float | None, radius: int | None, placed: bool, shared: int | None, dtype: torch.dtype,
-) -> None:  # fmt: skip
-    keys, queries, starts, of = (list(each) for each in zip(*texts, strict=True))
-    case = Case(dtype, keys, queries, 2 * group, 2, width).change(causal=causal, window=window, softcap=softcap)
-    if radius is not None:
-        case = case.change(bias=a_bias(2 * group, radius))
-    if placed:
-        case = case.change(q_start=torch.tensor(starts, dtype=torch.int32))
-    if shared is not None:
-        case = case.change(prefix=a_prefix(case, [shared, 7], of))
-    y, same, r = run(case), expected(case, dtype), expected(case, torch.float64)
-    blind = (r == 0).all(-1)
-    assert not y[blind].any()
-    assert error(y[~blind], r[~blind]) <= limit(same[~blind], r[~blind], dtype)
+@given(**any_call(140, 80, 70, DTYPES))
+def test_any_mask(**call: Any) -> None:
+    attention_cases.check_any(cpu, **call)
