@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyembed.transfer import to_device
+
 UNIT = 16  # queries of the smaller slot of a shared tile; the depth of a tensor core's product
 SHORT = 2 * UNIT  # queries of a text that may share a tile
 HEADS = 8  # of a group in one tile, at most
@@ -115,6 +117,7 @@ class Schedule:
     long: np.ndarray  # texts of more than SHORT queries, longest first
     short: np.ndarray  # the others that have any, longest first
     made: dict[tuple[str, int, torch.device], Tensor] = field(default_factory=dict)
+    complete: bool = False  # no list may be added to `made`
 
     def tiles(self, form: str, queries: int, device: torch.device) -> Tensor:
         """[tiles, 2] int32, (text, first query), or [tiles, queries / UNIT] for shared tiles: the text of each unit.
@@ -123,10 +126,15 @@ class Schedule:
         """
         key = (form, queries, device)
         if key not in self.made:
-            texts = self.long if form == "long" else self.short
-            made = together(self.lengths, texts, queries // UNIT) if form == "short" else apart(self.lengths, texts, queries)
-            self.made[key] = torch.from_numpy(made).to(device, non_blocking=True)
+            if self.complete:
+                raise RuntimeError(f"attention asks for tiles {form!r} of {queries} queries, of which this graph has no list")
+            self.made[key] = to_device({"tiles": self.listed(form, queries)}, device)["tiles"]
         return self.made[key]
+
+    def listed(self, form: str, queries: int) -> np.ndarray:
+        """`tiles` on the host."""
+        texts = self.long if form == "long" else self.short
+        return together(self.lengths, texts, queries // UNIT) if form == "short" else apart(self.lengths, texts, queries)
 
 
 def schedule(lengths: Sequence[int]) -> Schedule:
@@ -153,3 +161,28 @@ def together(lengths: np.ndarray, texts: np.ndarray, units: int) -> np.ndarray:
     tiles = np.full((-(-len(slots) // units), units), -1, dtype=np.int32)
     tiles.reshape(-1)[: len(slots)] = slots
     return tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """As much of a schedule as decides how many tiles it may have, rounded up so that many schedules share it. For CUDA graphs."""
+
+    long: int  # texts
+    short: int  # texts
+    units: int  # of the short texts
+
+    def most(self, form: str, queries: int, rows: int) -> int:
+        """Tiles of one form that a schedule of this outline has at most, with `rows` queries in all."""
+        if form == "short":
+            return -(-self.units // (queries // UNIT))
+        return rows // queries + self.long if form == "long" else min(rows, SHORT * self.short) // queries + self.short
+
+    def blank(self, texts: int, made: dict[tuple[str, int, torch.device], Tensor]) -> Schedule:
+        """A schedule whose lists of tiles are `made`, to be filled for each batch anew."""
+        return Schedule(np.zeros(texts, dtype=np.int64), 0, np.zeros(self.long), np.zeros(self.short), made, complete=True)
+
+
+def outline(schedule: Schedule) -> Outline:
+    """The outline that a schedule has."""
+    units = int((1 + (schedule.lengths[schedule.short] > UNIT)).sum())
+    return Outline(*(0 if count == 0 else 1 << (count - 1).bit_length() for count in (len(schedule.long), len(schedule.short), units)))

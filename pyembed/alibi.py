@@ -26,12 +26,15 @@ class Alibi:
     def __init__(self, heads: int, device: torch.device) -> None:
         self.slopes, self.device = slopes(heads), device
         self.table = DistanceBias(torch.zeros(heads, 1, device=device))
+        self.outgrown: list[DistanceBias] = []  # on CUDA: graphs and other streams may read them
 
     def bias(self, batch: PackedBatch) -> DistanceBias:
         """The bias of all distances within the batch's texts, and of longer ones."""
         longest, table = batch.longest, self.table
         if longest > table.radius + 1:
             radius = (1 << (longest - 1).bit_length()) - 1
+            if self.device.type == "cuda":
+                self.outgrown.append(table)
             distances = torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu")
             table = self.table = DistanceBias((self.slopes[:, None] * distances).float().to(self.device))
         return table

@@ -5,12 +5,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyembed.ops import Ops, PoolMode
+from pyembed.transfer import to_device
 
 COST_PER_TOKEN = 2  # of the budget: long texts may make a batch take so many times as long as short ones
 KEYS_PER_TOKEN = 8  # of the budget: keys of texts that share tokens are gathered in every layer, and cost memory without being run
@@ -104,19 +106,31 @@ def plan_in_order(
     return batches
 
 
-def pack(
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A batch as the host has it."""
+
+    input_ids: np.ndarray  # [T] int64
+    positions: np.ndarray  # [T] int64
+    starts: np.ndarray  # [N + 1] int32
+    read: np.ndarray  # [N, 2] int32, the spans
+    lengths: list[int]  # [N]
+    before: list[int]  # [N]
+    overlap: list[int] | None  # [N] tokens that a text shares with the one before it; None where none does
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What the device is given."""
+        return {"input_ids": self.input_ids, "positions": self.positions, "cu_seqlens": self.starts, "spans": self.read}
+
+
+def laid_out(
     ids: Sequence[np.ndarray],
     spans: Sequence[tuple[int, int]] | None,
-    ops: Ops,
-    device: torch.device,
     before: Sequence[int] | None = None,
     overlap: Sequence[int] | None = None,
-) -> PackedBatch:
-    """Texts' ids end to end. `spans[n]` are the first and last + 1 token of text n that pooling reads; None: all of every text.
-
-    `before[n]` tokens at the start of text n were run already, and the `overlap[n]` after them are those of the text before it: they are
-    left out, and of its span what lies beyond them is kept.
-    """
+) -> Layout:
+    """Texts' ids end to end; arguments as those of `pack`."""
     run = [0] * len(ids) if before is None else list(before)
     if overlap is not None:
         run = [count + more for count, more in zip(run, overlap, strict=True)]
@@ -135,16 +149,36 @@ def pack(
     if spans is not None:
         beyond = np.maximum(np.array(spans, dtype=np.int32).reshape(len(ids), 2) - np.array(run, dtype=np.int32)[:, None], 0)
         read = beyond + starts[:-1, None]
+    shared = None if overlap is None or not any(overlap) else list(overlap)
+    return Layout(input_ids, positions, starts, np.ascontiguousarray(read), lengths, run, shared)
+
+
+def pack(
+    ids: Sequence[np.ndarray],
+    spans: Sequence[tuple[int, int]] | None,
+    ops: Ops,
+    device: torch.device,
+    before: Sequence[int] | None = None,
+    overlap: Sequence[int] | None = None,
+) -> PackedBatch:
+    """Texts' ids end to end. `spans[n]` are the first and last + 1 token of text n that pooling reads; None: all of every text.
+
+    `before[n]` tokens at the start of text n were run already, and the `overlap[n]` after them are those of the text before it: they are
+    left out, and of its span what lies beyond them is kept.
+    """
+    layout = laid_out(ids, spans, before, overlap)
+    return placed(layout, ops.schedule(layout.lengths), device)
+
+
+def placed(layout: Layout, schedule: object, device: torch.device) -> PackedBatch:
+    """A layout on a device. `schedule` is what ops.schedule made of its lengths."""
     return PackedBatch(
-        input_ids=torch.from_numpy(input_ids).to(device),
-        positions=torch.from_numpy(positions).to(device),
-        cu_seqlens=torch.from_numpy(starts).to(device),
-        spans=torch.from_numpy(np.ascontiguousarray(read)).to(device),
-        lengths=lengths,
-        before=run,
-        read=[(first, end) for first, end in read.tolist()],
-        schedule=ops.schedule(lengths),
-        paths=None if overlap is None or not any(overlap) else paths(starts, overlap, device),
+        **to_device(layout.arrays, device),
+        lengths=layout.lengths,
+        before=layout.before,
+        read=[(first, end) for first, end in layout.read.tolist()],
+        schedule=schedule,
+        paths=None if layout.overlap is None else paths(layout.starts, layout.overlap, device),
     )
 
 
@@ -155,32 +189,61 @@ def paths(starts: np.ndarray, overlap: Sequence[int], device: torch.device) -> P
         own = np.arange(starts[n], starts[n + 1], dtype=np.int64)
         of_texts.append(np.concatenate([of_texts[-1][:shared], own]) if shared else own)
     ends = np.cumsum([0, *map(len, of_texts)], dtype=np.int32)
-    return Paths(torch.from_numpy(np.concatenate(of_texts)).to(device), torch.from_numpy(ends).to(device), of_texts)
+    sent = to_device({"rows": np.concatenate(of_texts), "ends": ends}, device)
+    return Paths(sent["rows"], sent["ends"], of_texts)
 
 
-def keep(batch: PackedBatch, mode: PoolMode, ops: Ops) -> Kept:
+@dataclass(frozen=True, slots=True)
+class KeptLayout:
+    """The rows that pooling reads, as the host has them; `Kept` on a device."""
+
+    rows: np.ndarray  # [R] int64
+    starts: np.ndarray  # [N + 1] int32
+    spans: np.ndarray  # [N, 2] int32
+    first: np.ndarray  # [N] int32
+    lengths: list[int]  # [N]
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"rows": self.rows, "first": self.first, "cu_seqlens": self.starts, "spans": self.spans}
+
+
+def kept_layout(layout: Layout, mode: PoolMode) -> KeptLayout:
     """What the last layer computes for a pooling that reads `mode` of each span: its first row, its last one, or all of it."""
     narrow = {"cls": lambda first, end: (first, min(first + 1, end)), "lasttoken": lambda first, end: (max(end - 1, first), end)}
-    read = [narrow[mode](*span) if mode in narrow else span for span in batch.read]
+    read = [narrow[mode](first, end) if mode in narrow else (first, end) for first, end in layout.read.tolist()]
     lengths = [end - first for first, end in read]
     starts = np.zeros(len(read) + 1, dtype=np.int32)
     np.cumsum(lengths, out=starts[1:])
     rows = np.zeros(padded(int(starts[-1])), dtype=np.int64)
     if read:
         rows[: starts[-1]] = np.concatenate([np.arange(first, end) for first, end in read])
-    device = batch.input_ids.device
-    index = torch.from_numpy(rows).to(device)
-    texts = np.cumsum([0, *batch.lengths[:-1]]) if batch.lengths else np.zeros(0)
-    spans = np.stack([starts[:-1], starts[1:]], axis=1)
-    kept = PackedBatch(
-        input_ids=batch.input_ids[index],
-        positions=batch.positions[index],
-        cu_seqlens=torch.from_numpy(starts).to(device),
-        spans=torch.from_numpy(np.ascontiguousarray(spans)).to(device),
+    first = np.array([first for first, _ in read], dtype=np.int32) - layout.starts[:-1] + np.array(layout.before, dtype=np.int32)
+    return KeptLayout(rows, starts, np.ascontiguousarray(np.stack([starts[:-1], starts[1:]], axis=1)), first, lengths)
+
+
+def reads_all(lengths: Sequence[int], read: Sequence[tuple[int, int]]) -> bool:
+    """Whether the spans are all of every text."""
+    return list(read) == list(pairwise(accumulate(lengths, initial=0)))
+
+
+def kept_on(batch: PackedBatch, layout: KeptLayout, schedule: object) -> Kept:
+    """The rows of a batch that `layout` names, on the batch's device. `schedule` is what ops.schedule made of its lengths."""
+    sent = to_device(layout.arrays, batch.input_ids.device)
+    return kept_of(batch, sent, layout.lengths, [(first, end) for first, end in layout.spans.tolist()], schedule)
+
+
+def kept_of(batch: PackedBatch, sent: dict[str, Tensor], lengths: list[int], read: list[tuple[int, int]], schedule: object) -> Kept:
+    """`Kept` of a batch, from a KeptLayout's arrays on its device."""
+    rows = sent["rows"]
+    part = PackedBatch(
+        input_ids=batch.input_ids[rows],
+        positions=batch.positions[rows],
+        cu_seqlens=sent["cu_seqlens"],
+        spans=sent["spans"],
         lengths=lengths,
         before=[0] * len(lengths),
-        read=[(first, end) for first, end in spans.tolist()],
-        schedule=ops.schedule(lengths),
+        read=read,
+        schedule=schedule,
     )
-    first = np.array([first for first, _ in read], dtype=np.int32) - texts.astype(np.int32) + np.array(batch.before, dtype=np.int32)
-    return Kept(index, torch.from_numpy(first).to(device), kept)
+    return Kept(rows, sent["first"], part)

@@ -63,6 +63,8 @@ class Encoder:
         max_seq_length: tokens a text is cut to, specials included; None takes what the model's files say.
         tokens_per_batch: most tokens of a batch; None takes the device's budget, in which long texts cost more.
         backend: "kernels" takes pyembed's own, "reference" plain PyTorch; None the kernels where they have been seen to run: on CPUs.
+        deterministic: a text's vector has the same bits alone and in any batch, on a GPU as it always has on a CPU (docs/gpu.md).
+        cuda_graphs: small batches are replayed from CUDA graphs, where the kernels serve; False launches them kernel by kernel.
         prefix_cache_bytes: memory for prompts' states, which a causal model's texts share (docs/throughput.md); 0 runs every text whole.
         share_prefixes: texts of a batch run what they begin with in common once (causal models; docs/throughput.md).
         revision, token, cache_folder, local_files_only: for hub ids, as in huggingface_hub.
@@ -97,6 +99,8 @@ class Encoder:
         max_seq_length: int | None = None,
         tokens_per_batch: int | None = None,
         backend: Literal["reference", "kernels"] | None = None,
+        deterministic: bool = False,
+        cuda_graphs: bool = True,
         prefix_cache_bytes: int | None = None,
         share_prefixes: bool = False,
         revision: str | None = None,
@@ -112,8 +116,8 @@ class Encoder:
         check_settings(self._arguments)
 
         read = partial(stack.read, recipe=chosen)
-        access: dict[str, Any] = {"token": token, "cache_folder": cache_folder, "local_files_only": local_files_only}
-        self._stack = stack.resolve(model, adapters, adapter or None, revision=revision, check=read, **access)
+        access: dict[str, Any] = {"token": token, "cache_folder": cache_folder, "local_files_only": local_files_only, "revision": revision}
+        self._stack = stack.resolve(model, adapters, adapter or None, check=read, **access)
         spec, self._family = read(self._stack)
         self.prompts = spec.prompts
         self.default_prompt_name = spec.default_prompt_name
@@ -130,8 +134,7 @@ class Encoder:
 
     def _load(self, devices: Sequence[torch.device], dtype: torch.dtype | None, adapter: str | None) -> None:
         """Read the weights; then they serve the calls that follow."""
-        given = (self._stack, self._spec, self._family, self.tokenizer, devices, dtype)
-        self._engine = serve(*given, adapter=adapter, settings=self._arguments)
+        self._engine = serve(self._stack, self._spec, self._family, self.tokenizer, devices, dtype, adapter, self._arguments)
 
     @property
     def _loaded(self) -> Loaded:
@@ -147,8 +150,6 @@ class Encoder:
         """
         with self._reloading:
             self._load(self.devices, self.dtype, name)
-
-    # What the model is
 
     @property
     def directory(self) -> Path:
@@ -209,8 +210,6 @@ class Encoder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return pickled.reduced(self)
-
-    # Encoding
 
     def encode(
         self,

@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -25,13 +24,15 @@ import torch
 from pyembed.job import Engine, Input, Job, Stats, wordings
 from pyembed.rows import extent, kept
 from pyembed.runner import GIVEN_UP, POLL, LaneLost, Loaded, Made, Reads, Rows, Stop, Stopped, check, out_of_memory, run_batch
+from pyembed.ticket import Chunk, Flights, Ticket
 from pyembed.tokenizer import Tokenizer
-from pyembed.window import PLENTY, Marked, Window, Work, finish, place, prepare, room, rows_of
+from pyembed.window import PLENTY, Marked, Window, finish, place, prepare, room, rows_of
 
 WINDOW_TEXTS = 1024  # texts in flight: what an interrupt loses, and what a stream reads before its first vector
 WINDOW_CHARACTERS = 1 << 18
 AHEAD = 2  # windows under way: one that is run, and one that is read and prepared meanwhile
 CORES = 8  # threads of a CPU that a window of so many texts keeps busy; one that has more reads larger ones
+AIRBORNE = 2  # batches that a device is still to run when the next one is prepared: one for each of its streams
 LOSSES = 3  # lanes that may be lost over a text, with others and alone, before it is an error
 
 Advance = Callable[[Stats], Any]
@@ -52,22 +53,14 @@ def local(model: Loaded, tokenizer: Tokenizer) -> Engine:
     return Engine(*given, share=share if model.device.type == "cpu" else None, errors=model.errors)
 
 
-@dataclass(slots=True)
-class Chunk:
-    """Consecutive inputs, as they are read: those of one window."""
-
-    inputs: list[Input] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)  # of each input among all of the call
-    repeats: list[tuple[int, int]] = field(default_factory=list)  # numbers of inputs that repeat an earlier text, and of that one
-
-
-def windows(inputs: Iterable[Input], times: int = 1, *, once: bool = False) -> Iterator[tuple[Chunk, bool]]:
-    """Chunks that end at so many times WINDOW_TEXTS inputs or WINDOW_CHARACTERS, and whether there may be more.
+def windows(inputs: Iterable[Input], most: int = 1, *, growing: bool = False, once: bool = False) -> Iterator[tuple[Chunk, bool]]:
+    """Chunks that end at `most` times WINDOW_TEXTS inputs or WINDOW_CHARACTERS, and whether there may be more. `growing`: the first ones
+    are smaller, so that a device has something to run while the others are prepared.
 
     With `once` a text that was read before is not an input but a repeat. A slow iterator is left now and then, with an empty chunk, for
     finished windows to be handed out. What it raises comes after the inputs that it gave before.
     """
-    chunk, characters, number = Chunk(), 0, -1
+    chunk, characters, number, times = Chunk(), 0, -1, 1 if growing else most
     seen: dict[str, int] = {}
     looked = time.monotonic()
     try:
@@ -83,7 +76,7 @@ def windows(inputs: Iterable[Input], times: int = 1, *, once: bool = False) -> I
                 looked = time.monotonic()
             if len(chunk.inputs) == WINDOW_TEXTS * times or characters >= WINDOW_CHARACTERS * times:
                 yield chunk, True
-                chunk, characters = Chunk(), 0
+                chunk, characters, times = Chunk(), 0, min(most, 2 * times)
     except Exception as error:
         if hasattr(error, "add_note"):  # Python 3.11
             error.add_note(f"Raised by the iterable of inputs, instead of input {number + 1}.")
@@ -113,7 +106,8 @@ def run(
     """
     line = Line(engine, job, advance)
     times = 1 if engine.share is None else -(-torch.get_num_threads() // CORES)
-    source, more, begun, failure = windows(inputs, max(job.budget.windows, times), once=once), True, False, None
+    source = windows(inputs, max(job.budget.windows, times), growing=engine.share is None, once=once)
+    more, begun, failure = True, False, None
     under_way: deque[Ticket] = deque()
     waits = True
     try:
@@ -142,30 +136,6 @@ def run(
         raise failure
 
 
-@dataclass(slots=True)
-class Ticket:
-    """A window under way."""
-
-    chunk: Chunk
-    work: Work | None = None
-    left: int = 0  # batches to run
-    error: BaseException | None = None
-    done: threading.Event = field(default_factory=threading.Event)
-
-    def fail(self, error: BaseException) -> None:
-        self.error = self.error or error
-        self.done.set()
-
-    def check(self) -> None:
-        """Raise what went wrong, and forget it: an exception holds the frames that it went through, and they this ticket."""
-        error, self.error = self.error, None
-        try:
-            if error is not None:
-                raise error
-        finally:
-            del error
-
-
 class Line:
     """The threads of one call, started when there is enough for them to do."""
 
@@ -179,6 +149,7 @@ class Line:
         self.deserted = False  # a thread has ended before the call
         self.lock, self.ready = threading.Lock(), threading.Semaphore(0)
         self.marked: Marked = (set(), set())
+        self.flights = Flights()
 
     def start(self, chunk: Chunk, *, only: bool) -> Ticket:
         """Send a window on its way; run it here where threads gain nothing: on this process's own cores, and one window on one lane."""
@@ -191,6 +162,7 @@ class Line:
             try:
                 self.run_here(ticket, threads, only=only)
             except Exception as error:  # told when it is this window's turn
+                self.flights.queue.clear()
                 ticket.fail(error)
             return ticket
         self.employ([(self.windows, threads), *[(self.batches, threads)] * len(self.engine.lanes)])
@@ -201,11 +173,12 @@ class Line:
         """Prepare a window in the caller's thread, and run what of it is not run side by side."""
         ticket.work = prepare(self.engine, self.job, ticket.chunk.inputs, ticket.chunk.numbers, only=True)
         shares = self.engine.share is not None and threads > 1
-        for batch in self.side_by_side(ticket, threads, only=only) if shares else ticket.work.batches:
-            self.run_batch(ticket.work, batch)
-        with self.lock:
-            if ticket.left == 0:
-                ticket.done.set()
+        batches = self.side_by_side(ticket, threads, only=only) if shares else ticket.work.batches
+        if batches:
+            ticket.expect(batches)
+        for batch in batches:
+            self.run_batch(ticket, batch)
+        self.land(all_of=True)
 
     def side_by_side(self, ticket: Ticket, threads: int, *, only: bool) -> list[list[int]]:
         """Have a window's batches run one on each thread, where all will end at about the same time; returns the others."""
@@ -215,7 +188,7 @@ class Line:
             return batches
         count = len(batches) // threads * threads if only else len(batches)
         self.employ([(self.batches, 1)] * threads)
-        ticket.left = count
+        ticket.expect(batches[:count])
         for batch in batches[:count]:
             self.batches.put(partial(self.step, ticket, batch))
         if count < len(batches):  # they want all threads, and those are taken until then
@@ -275,8 +248,9 @@ class Line:
         self.ready.release()
         while not self.stopped():
             try:
-                task = tasks.get(timeout=POLL)
+                task = tasks.get_nowait() if self.flights.queue else tasks.get(timeout=POLL)
             except Empty:
+                self.land()
                 continue
             task()
         self.deserted = not self.closed
@@ -287,29 +261,25 @@ class Line:
         except BaseException as error:
             ticket.fail(error)
             return
-        ticket.left = len(ticket.work.batches)
+        ticket.expect(ticket.work.batches)
         for batch in ticket.work.batches:
             self.batches.put(partial(self.step, ticket, batch))
 
     def step(self, ticket: Ticket, batch: list[int]) -> None:
-        assert ticket.work is not None
         try:
-            self.run_batch(ticket.work, batch)
+            self.run_batch(ticket, batch)
         except BaseException as error:
             ticket.fail(error)
-            return
-        with self.lock:
-            ticket.left -= 1
-            if ticket.left == 0:
-                ticket.done.set()
 
-    def run_batch(self, work: Work, batch: list[int], losses: int = 0, *, whole: bool = False) -> None:
-        """Run a batch on the next free lane and place what comes; in halves where memory runs out or lanes are lost over it. `whole`: with
-        no other beside it.
+    def run_batch(self, ticket: Ticket, batch: list[int], losses: int = 0, *, whole: bool = False) -> None:
+        """Run a batch on the next free lane, and place what comes once it is there; in halves where memory runs out or lanes are lost over
+        it. `whole`: with no other beside it.
         """
+        assert ticket.work is not None
+        work = ticket.work
         tokens, fits = room(work, batch), self.engine.fits
         if fits is not None and tokens > fits and len(batch) > 1:
-            return self.halves(work, batch, losses)
+            return self.halves(ticket, batch, losses)
         beside = not whole and self.engine.share is not None and threading.current_thread() in self.threads
         alone = f"Input {work.numbers[work.owner[batch[0]]]}" if len(batch) == 1 else ""
         try:
@@ -318,17 +288,42 @@ class Line:
             if alone and losses + 1 >= LOSSES:
                 raise RuntimeError(f"{alone} ends every worker process that runs it; the last: {error}") from error
             again = alone or losses == 0  # whatever happened to the lane, it may not have been the batch
-            return self.run_batch(work, batch, losses + 1) if again else self.halves(work, batch, losses)
+            return self.run_batch(ticket, batch, losses + 1) if again else self.halves(ticket, batch, losses)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             if alone and beside:  # the others may have taken the memory
-                return self.run_batch(work, batch, losses, whole=True)
+                return self.run_batch(ticket, batch, losses, whole=True)
             if alone:
                 raise MemoryError(f"{alone} alone, {tokens:,} tokens, does not fit into memory; lower max_seq_length. ({error})") from error
             self.shrink(tokens)
-            return self.halves(work, batch, losses)
-        return self.report(place(self.engine, self.job, work, batch, made))
+            return self.halves(ticket, batch, losses)
+        if made.arrival is None:
+            return self.placed(ticket, batch, made)
+        self.flights.queue.append((ticket, batch, made))
+        return self.land() if len(self.flights.queue) > AIRBORNE else None
+
+    def land(self, *, all_of: bool = False) -> None:
+        """Wait for the batch that has been on its way for longest, if there is one, and place it; or for all."""
+        while self.flights.queue:
+            ticket, batch, made = self.flights.queue.popleft()
+            try:
+                self.placed(ticket, batch, made.landed())
+            except BaseException as error:
+                if threading.current_thread() not in self.threads:
+                    raise
+                ticket.fail(error)
+            if not all_of:
+                break
+
+    def placed(self, ticket: Ticket, batch: list[int], made: Made) -> None:
+        """Put a batch's results to their rows; the window is done with the last."""
+        assert ticket.work is not None
+        self.report(place(self.engine, self.job, ticket.work, batch, made))
+        with self.lock:
+            ticket.left -= len(batch)
+            if ticket.left == 0:
+                ticket.done.set()
 
     def on_a_lane(self, rows: Rows, *, beside: bool) -> Made:
         """Run a batch on a lane that no other call uses, or beside others. One lane has a lock of its own."""
@@ -361,10 +356,10 @@ class Line:
         if any(each.type == "cuda" for each in self.engine.devices) and self.engine.local is not None:
             torch.cuda.empty_cache()
 
-    def halves(self, work: Work, batch: list[int], losses: int) -> None:
+    def halves(self, ticket: Ticket, batch: list[int], losses: int) -> None:
         middle = len(batch) // 2
-        self.run_batch(work, batch[:middle], losses)
-        self.run_batch(work, batch[middle:], losses)
+        self.run_batch(ticket, batch[:middle], losses)
+        self.run_batch(ticket, batch[middle:], losses)
 
     def report(self, done: Stats) -> None:
         self.engine.count(done)

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyembed.batch import ROW_MULTIPLE, PackedBatch, padded
+from pyembed.batch import ROW_MULTIPLE, PackedBatch, padded, reads_all
 from pyembed.blocks import norm
 from pyembed.config import ModelSpec
 from pyembed.latent import Latent, attend
 from pyembed.linear import Linear
 from pyembed.model import Head, Weights
 from pyembed.ops import Ops, PoolMode
+from pyembed.transfer import to_device
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -68,16 +69,18 @@ def pooled(hidden: Tensor, weights: Weights, batch: PackedBatch, ops: Ops, mode:
 
 def latent_vectors(hidden: Tensor, weights: Weights, latent: Latent, batch: PackedBatch, ops: Ops) -> Tensor:
     """Means of the latent attention's tokens, [N, D] float32. Only the rows in the spans enter it; an empty span gives zeros."""
-    lengths = [end - first for first, end in batch.read]
-    starts = np.cumsum([0, *lengths], dtype=np.int32)
-    rows = np.zeros(padded(int(starts[-1])), dtype=np.int64)  # spare rows repeat the first
-    rows[: starts[-1]] = np.concatenate([np.arange(first, end) for first, end in batch.read])
-    cu_seqlens = torch.from_numpy(starts).to(hidden.device)
-    spans = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], dim=1)
-    y, gated = attend(final_states(hidden[torch.from_numpy(rows).to(hidden.device)], weights, ops), latent, ops)
+    cu_seqlens, spans = batch.cu_seqlens, batch.spans
+    if not reads_all(batch.lengths, batch.read):
+        lengths = [end - first for first, end in batch.read]
+        starts = np.cumsum([0, *lengths], dtype=np.int32)
+        rows = np.zeros(padded(int(starts[-1])), dtype=np.int64)  # spare rows repeat the first
+        rows[: starts[-1]] = np.concatenate([np.arange(first, end) for first, end in batch.read])
+        sent = to_device({"rows": rows, "starts": starts}, hidden.device)
+        hidden, cu_seqlens = hidden[sent["rows"]], sent["starts"]
+        spans = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], dim=1)
+    y, gated = attend(final_states(hidden, weights, ops), latent, ops)
     means = [ops.pool(each, cu_seqlens, spans, "mean") for each in (y, gated)]
-    vectors = on_vectors(latent.down, means[1]) + means[0]
-    return vectors if all(lengths) else vectors * (spans[:, 1:] > spans[:, :1])  # else an empty span would give the bias
+    return (on_vectors(latent.down, means[1]) + means[0]) * (spans[:, 1:] > spans[:, :1])  # an empty span would give the bias
 
 
 def on_vectors(linear: Linear, vectors: Tensor) -> Tensor:
@@ -120,7 +123,7 @@ def logits(hidden: Tensor, weights: Weights, batch: PackedBatch, ops: Ops) -> Te
     assert weights.vocabulary is not None
     last = np.zeros(padded(len(batch.lengths)), dtype=np.int64)  # spare rows repeat the first
     last[: len(batch.lengths)] = np.cumsum(batch.lengths) - 1
-    states = projected(hidden[torch.from_numpy(last).to(hidden.device)], weights, ops)
+    states = projected(hidden[to_device({"last": last}, hidden.device)["last"]], weights, ops)
     out = weights.vocabulary.apply(states)[: len(batch.lengths)].float()
     cap = weights.config.logit_softcap
     return out if cap is None else cap * torch.tanh(out / cap)

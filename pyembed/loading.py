@@ -14,19 +14,22 @@ import torch
 
 from pyembed import engine, ops, quantising, weights
 from pyembed.config import Family, ModelSpec, TensorNames
+from pyembed.graphs import Graphs, record_on
 from pyembed.job import Engine
 from pyembed.linear import chained
-from pyembed.model import linears
+from pyembed.model import linears, with_linears
 from pyembed.ops import Backend
 from pyembed.options import check_eight_bits, common_dtype
 from pyembed.prefix import BYTES, PrefixCache, obstacle, shareable
 from pyembed.probes import check_ids, check_mask
 from pyembed.runner import Loaded, device_of
 from pyembed.stack import Stack
+from pyembed.steady import rows_for, steady
 from pyembed.tokenizer import Tokenizer
 from pyembed.workers import Pool
 
 logger = logging.getLogger("pyembed")
+ROW_BY_ROW = (torch.float32, torch.bfloat16, torch.int8)  # on a CPU a row's products have the same bits in any batch anyway
 
 
 def serve(
@@ -36,13 +39,12 @@ def serve(
     tokenizer: Tokenizer,
     devices: Sequence[torch.device],
     dtype: torch.dtype | None,
-    *,
     adapter: str | None,
     settings: Mapping[str, Any],
 ) -> Engine:
     """The model of `stack` with one of its adapters merged, on a device in this process or on several in a worker process each.
 
-    `dtype` None: the devices' own. `settings` are Encoder's backend, prefix_cache_bytes and share_prefixes.
+    `dtype` None: the devices' own. `settings` are Encoder's backend, prefix_cache_bytes, share_prefixes, deterministic and cuda_graphs.
 
     ValueError for a dtype that the family cannot take, for share_prefixes where texts cannot share, and for weights or a tokenizer that
     are not what files and recipe claim.
@@ -54,8 +56,11 @@ def serve(
     check_eight_bits(dtype, devices, backend)
     for device in {each.type: each for each in devices}.values():
         check_kernels(family, device, dtype, backend)
+        if settings["deterministic"]:
+            check_deterministic(device, kernels_of(device, dtype, backend), shares=settings["share_prefixes"])
     names = family.tensors
     model = {"stack": stack, "spec": spec, "names": names, "dtype": dtype, "adapter": adapter, "backend": backend, "room": room}
+    model |= {name: settings[name] for name in ("deterministic", "cuda_graphs")}
     model["probe"] = quantising.probe(tokenizer, spec.model.vocab_size) if dtype in quantising.EIGHT_BITS else None
     if len(devices) == 1:
         return engine.local(load(device=devices[0], **model), tokenizer)
@@ -86,6 +91,22 @@ def check_kernels(family: Family, device: torch.device, dtype: torch.dtype, back
         warnings.warn(why, RuntimeWarning, stacklevel=5)
 
 
+def check_deterministic(device: torch.device, kernels: ops.Ops, *, shares: bool) -> None:
+    """ValueError where a text's bits cannot be kept from its batch. On a CPU they are anyway."""
+    if device.type == "cpu":
+        return
+    if kernels is ops.select(device, "reference"):
+        raise ValueError(
+            f"deterministic=True was given, but plain PyTorch serves {device}, whose sums depend on the batch; pyembed's kernels do not: "
+            "backend='kernels' takes them."
+        )
+    if shares:
+        raise ValueError(
+            "deterministic=True and share_prefixes=True were both given, but on a GPU a text that takes states from its neighbours has "
+            "other bits than alone; leave one of them out."
+        )
+
+
 def kernels_of(device: torch.device, dtype: torch.dtype, backend: Backend | None) -> ops.Ops:
     """The ops that serve a dtype on a device."""
     slow = device.type == "cpu" and dtype == torch.float16  # no kernels: no CPU we know computes faster in it
@@ -108,6 +129,8 @@ def load(
     backend: Backend | None,
     room: int | None,
     probe: Sequence[np.ndarray] | None,
+    deterministic: bool,
+    cuda_graphs: bool,
 ) -> Loaded:
     """The model of `stack` on a device of this process. `room`: bytes for prompts' states, None the device's usual ones; `probe`: ids
     that decide which layers take eight bits (quantising.probe).
@@ -123,15 +146,29 @@ def load(
             tensors = weights.load(*given, torch.bfloat16, stack.task(adapter), make)
         else:
             tensors = weights.load(*given, dtype, stack.task(adapter), lambda read, gated: kernels.linear(*read(), gated=gated))
-    loaded = Loaded(spec, tensors, kernels, device, dtype, adapter)
+    loaded = Loaded(spec, tensors, kernels, device, dtype, adapter, deterministic=deterministic)
     if probe is not None:
         with device_of(loaded):
             loaded.weights, loaded.errors = quantising.settle(tensors, probe, loaded.ops, dtype)
     loaded.weights = replace(loaded.weights, spare_rows=not all(chained(each) for each in linears(loaded.weights)))
+    if deterministic and not (device.type == "cpu" and dtype in ROW_BY_ROW):
+        loaded.weights = with_linears(loaded.weights, partial(steady, rows=rows_for(spec.model.hidden_size)))
     if room != 0 and shareable(spec):
         loaded.prefixes = PrefixCache(BYTES[device.type] if room is None else room)
     check_mask(loaded)
+    if device.type == "cuda":
+        ready(loaded, cuda_graphs=cuda_graphs)
     return loaded
+
+
+def ready(model: Loaded, *, cuda_graphs: bool) -> None:
+    """Streams and graphs of a model on a CUDA device, once all that was done to it is over."""
+    torch.cuda.synchronize(model.device)
+    budget = model.ops.budget(model.spec.model, model.dtype, model.device)
+    model.streams = tuple(torch.cuda.Stream(model.device) for _ in range(budget.streams))
+    if cuda_graphs and budget.graphs:
+        given = (model.spec, model.weights, model.ops, model.device, budget.graphs)
+        model.graphs = tuple(Graphs(*given, record_on(model.device), model.prefixes) for _ in model.streams)
 
 
 def add_vocabulary(loaded: Loaded, stack: Stack, family: Family) -> None:
@@ -141,4 +178,8 @@ def add_vocabulary(loaded: Loaded, stack: Stack, family: Family) -> None:
             head = weights.load_vocabulary(
                 stack.weights, loaded.spec.model, family.tensors, loaded.weights.tokens, stack.task(loaded.adapter)
             )
+        if loaded.deterministic:
+            head = steady(head, rows_for(loaded.spec.model.hidden_size))
         loaded.weights = replace(loaded.weights, vocabulary=head)
+        if loaded.device.type == "cuda":
+            torch.cuda.synchronize(loaded.device)  # batches run on streams of their own

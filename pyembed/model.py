@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from pyembed.linear import Linear
 from pyembed.ops import Norm, Ops
 from pyembed.prefix import Prefixes
 from pyembed.rope import Rotary
+
+T = TypeVar("T", bound=Any)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,27 @@ def linears(weights: Weights) -> Iterator[Linear]:
         yield weights.projection
     if weights.latent is not None:
         yield from (weights.latent.scores, weights.latent.mix, weights.latent.up, weights.latent.down)
+
+
+def with_linears(weights: Weights, change: Callable[[Linear], Linear]) -> Weights:
+    """Weights whose linear layers, those that meet vectors included, are what `change` makes of them."""
+
+    def changed(part: T, *names: str) -> T:
+        def new(value: Any) -> Any:
+            return tuple(map(change, value)) if isinstance(value, tuple) else change(value)
+
+        return replace(part, **{name: new(getattr(part, name)) for name in names if getattr(part, name) is not None})
+
+    def layer_of(layer: Layer) -> Layer:
+        extra = layer.per_layer if layer.per_layer is None else changed(layer.per_layer, "project", "gate", "out")
+        return replace(changed(layer, "qkv", "out", "up", "down"), per_layer=extra)
+
+    return replace(
+        changed(weights, "projection", "vocabulary"),
+        layers=tuple(map(layer_of, weights.layers)),
+        latent=None if weights.latent is None else changed(weights.latent, "scores", "mix", "up", "down"),
+        heads=tuple(changed(head, "linear") for head in weights.heads),
+    )
 
 
 def position_rows(batch: PackedBatch, config: ModelConfig) -> Tensor:

@@ -177,8 +177,9 @@ def check_settings(arguments: Mapping[str, Any]) -> None:
     room = arguments["prefix_cache_bytes"]
     if room is not None and (not isinstance(room, int) or isinstance(room, bool) or room < 0):
         raise ValueError(f"prefix_cache_bytes is {room!r}; expected a number of bytes, 0 for no cache, or None.")
-    if not isinstance(arguments["share_prefixes"], bool):
-        raise ValueError(f"share_prefixes is {arguments['share_prefixes']!r}; expected True or False.")
+    for name in ("share_prefixes", "deterministic", "cuda_graphs"):
+        if not isinstance(arguments[name], bool):
+            raise ValueError(f"{name} is {arguments[name]!r}; expected True or False.")
     if arguments["backend"] not in (None, *get_args(Backend)):
         raise ValueError(f"backend is {arguments['backend']!r}; expected None (what serves the device best), 'kernels' or 'reference'.")
 

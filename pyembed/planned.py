@@ -52,7 +52,7 @@ class Plan:
 def plan(engine: Engine, job: Job, inputs: Iterable[Input]) -> Plan:
     """Tokenise all inputs and plan them as `engine.run` would."""
     batches, number, texts, tokens, duplicates, shared = [], 0, 0, 0, 0, 0
-    for chunk, more in windows(inputs, job.budget.windows, once=isinstance(inputs, Sequence)):
+    for chunk, more in windows(inputs, job.budget.windows, growing=engine.share is None, once=isinstance(inputs, Sequence)):
         texts, duplicates = texts + len(chunk.inputs) + len(chunk.repeats), duplicates + len(chunk.repeats)
         if not chunk.inputs:
             continue

@@ -20,6 +20,7 @@ from torch import Tensor
 from pyembed.batch import PackedBatch, padded
 from pyembed.config import ModelSpec
 from pyembed.ops import Prefix
+from pyembed.transfer import to_device
 
 LEAST = 8  # tokens; a shorter beginning is not worth its bookkeeping
 BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # of all prefixes that are kept
@@ -52,6 +53,8 @@ class PrefixCache:
                 self.runs.move_to_end(key)
                 return self.runs[key]
             run = self.runs[key] = make(ids)
+            if run.hidden.is_cuda:  # it was made in the order of one stream, and is read in that of another; as are those given up
+                torch.cuda.synchronize(run.hidden.device)
             while len(self.runs) > 1 and self.bytes > self.limit:
                 self.runs.popitem(last=False)
             return run
@@ -127,9 +130,9 @@ def gathered(runs: Sequence[tuple[Run, int] | None], device: torch.device) -> Pr
     def cat(pieces: list[Tensor]) -> Tensor:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    cu_p, prefix_of = torch.from_numpy(starts).to(device), torch.tensor(of, dtype=torch.int32, device=device)
+    sent = to_device({"cu_p": starts, "prefix_of": np.array(of, dtype=np.int32)}, device)
     keys = [[cat([run.keys[n][kind][:count] for run, count in parts]) for kind in (0, 1)] for n in range(len(parts[0][0].keys))]
-    layers = [Prefix(k, v, cu_p, prefix_of) for k, v in keys]
+    layers = [Prefix(k, v, sent["cu_p"], sent["prefix_of"]) for k, v in keys]
     return Prefixes(layers, cat([run.hidden[:count] for run, count in parts]), [int(starts[max(each, 0)]) for each in of])
 
 
@@ -148,15 +151,15 @@ def joined(hidden: Tensor, batch: PackedBatch, prefixes: Prefixes | None, spans:
         if prefixes is not None:
             rows[start : end - len(path)] = prefixes.starts[n] + np.arange(end - len(path) - start)
     read = np.array(spans, dtype=np.int32).reshape(len(lengths), 2) + ends[:-1, None]
-    device = hidden.device
+    sent = to_device({"cu_seqlens": ends, "spans": np.ascontiguousarray(read), "rows": rows}, hidden.device)
     whole = PackedBatch(
         input_ids=batch.input_ids,
         positions=batch.positions,
-        cu_seqlens=torch.from_numpy(ends).to(device),
-        spans=torch.from_numpy(read).to(device),
+        cu_seqlens=sent["cu_seqlens"],
+        spans=sent["spans"],
         lengths=lengths,
         before=[0] * len(lengths),
         read=[(first, end) for first, end in read.tolist()],
         schedule=None,
     )
-    return hidden[torch.from_numpy(rows).to(device)], whole
+    return hidden[sent["rows"]], whole

@@ -62,6 +62,7 @@ class Rotary:
     def __init__(self, rope: Rope, device: torch.device) -> None:
         self.rope, self.device = rope, device
         self.tables: dict[int, tuple[Tensor, Tensor]] = {}  # cos and sin [rows, R / 2] by `deciding`; at most two of them
+        self.outgrown: list[tuple[Tensor, Tensor]] = []  # on CUDA: graphs and other streams may read them
 
     def deciding(self, length: int) -> int:
         """The length that decides the frequencies of a text: 0 for every text that the scaling leaves alone."""
@@ -77,6 +78,8 @@ class Rotary:
             cos, sin = table(self.rope, 1 << (longest - 1).bit_length() if grown else longest, deciding)
             kept = cos.to(self.device), sin.to(self.device)
             if grown:
+                if self.device.type == "cuda" and deciding in self.tables:
+                    self.outgrown.append(self.tables[deciding])
                 self.tables[deciding] = kept
         return kept
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from pyembed import heads
-from pyembed.batch import PackedBatch, keep, pack
+from pyembed.batch import kept_layout, kept_on, laid_out, pack, placed
 from pyembed.config import ModelSpec
+from pyembed.graphs import Given, Graphs
 from pyembed.model import Weights, forward
 from pyembed.ops import Ops
 from pyembed.prefix import PrefixCache, Run, gathered, joined
+from pyembed.transfer import to_host
 
 Shared = tuple[np.ndarray, int]  # what a text begins with, and how many of its tokens are taken from there
 Stop = Callable[[], bool]  # whether nobody waits for the result any more
@@ -57,11 +59,15 @@ class Rows:
 
 
 class Made(NamedTuple):
-    """What a batch gives."""
+    """What a batch gives. With `arrival` it is still on its way: `landed` waits for it."""
 
     vectors: Tensor  # [n, dim] float32 on the CPU; logits [n, V] where they were asked for
     states: list[Tensor]  # [length, D] each, or none
     seconds: float  # that the device was taken
+    arrival: Callable[[], float] | None = None  # waits for the device; what `seconds` then is
+
+    def landed(self) -> Made:
+        return self if self.arrival is None else Made(self.vectors, self.states, self.arrival())
 
 
 class Turns:
@@ -101,12 +107,17 @@ class Loaded:
     prefixes: PrefixCache | None = None  # None: every text is run whole
     errors: dict[str, float] = field(default_factory=dict)  # of each linear layer in eight bits (quantising.py)
     turns: Turns = field(default_factory=Turns)
+    deterministic: bool = False
+    streams: tuple[torch.cuda.Stream, ...] = ()  # of a CUDA device, which batches take in turn
+    graphs: tuple[Graphs, ...] = ()  # of each stream; none where no batch is so small
+    turn: int = 0  # number of the stream that was taken last
+    idle_since: float = 0.0  # when the last batch that has landed did
 
 
 @contextmanager
 def device_of(model: Loaded, *, share: int = 0) -> Iterator[None]:
-    """The model's device for one thread at a time, or for so many that share it; in the dtype it was loaded in whatever autocast says
-    around us.
+    """The model's device for one thread at a time, or for so many that share it; in the dtype it was loaded in whatever autocast and
+    torch's switches say around us.
     """
     if share:
         model.turns.enter(share)
@@ -117,30 +128,90 @@ def device_of(model: Loaded, *, share: int = 0) -> Iterator[None]:
             model.turns.leave()
     else:  # locks alone, with nothing between that an interrupt could leave half done
         with model.turns.door, model.turns.room, torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
-            yield
+            if model.device.type == "cpu":
+                yield
+            else:
+                with products(splits=not model.deterministic), torch.cuda.device(model.device):
+                    yield
+
+
+@contextmanager
+def products(*, splits: bool) -> Iterator[None]:
+    """cuBLAS's float32 products in float32, its sums of 16-bit ones too; `splits`: it may cut a sum into parts. As it was, afterwards."""
+    switches = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    precision, sums = switches.fp32_precision, [(getattr(switches, name), getattr(switches, f"{name}_split_k")) for name in names]
+    try:
+        switches.fp32_precision = "ieee"
+        for name in names:
+            setattr(switches, name, (False, splits))
+        yield
+    finally:
+        switches.fp32_precision = precision
+        for name, was in zip(names, sums, strict=True):
+            setattr(switches, name, was)
+
+
+@contextmanager
+def stream_of(model: Loaded) -> Iterator[Graphs | None]:
+    """The next of the model's streams, and its graphs; with the device taken."""
+    model.turn = (model.turn + 1) % max(1, len(model.streams))
+    graphs = model.graphs[model.turn] if model.graphs else None
+    with torch.cuda.stream(model.streams[model.turn]) if model.streams else nullcontext():
+        yield graphs
 
 
 def run_batch(model: Loaded, reads: Reads, rows: Rows, stop: Stop | None = None, *, share: int = 0) -> Made:
-    """Vectors or logits of the rows, and their token states if asked for. Stopped where `stop` says so between two layers. `share`: so many
-    batches may run at once, this one among them; 0: it runs alone.
+    """Vectors or logits of the rows, and their token states if asked for; on CUDA they may be on their way. Stopped where `stop` says so
+    between two layers. `share`: so many batches may run at once, this one among them; 0: it runs alone.
     """
-    with device_of(model, share=share):
-        start = time.perf_counter()
+    with device_of(model, share=share), stream_of(model) as graphs:
+        begun = time.perf_counter()
         spans = [(0, len(each)) for each in rows.ids] if reads.logits else rows.spans
-        prefixes = gathered([(prefix_of(model, head, stop), count) if count else None for head, count in rows.shared], model.device)
-        batch: PackedBatch = pack(rows.ids, spans, model.ops, model.device, [count for _, count in rows.shared], rows.overlap)
+        runs = [(prefix_of(model, head, stop), count) if count else None for head, count in rows.shared]
+        layout = laid_out(rows.ids, spans, [count for _, count in rows.shared], rows.overlap)
         mode = heads.reads(model.spec, sparse=reads.logits, narrow=reads.narrow)
         # the first token that is read; a weighted mean (no mode) numbers them from the text's start, so it needs every text whole
         begin = [max(end - 1, first) if mode == "lasttoken" else first for first, end in spans]
-        inside = mode is not None and all(at >= count for at, count in zip(begin, batch.before, strict=True))
-        kept = keep(batch, mode, model.ops) if mode is not None and inside and not reads.tokens else None
-        hidden = forward(model.weights, batch, model.ops, kept, prefixes=prefixes, between=partial(check, stop))
-        if any(batch.before) and not inside:
-            hidden, batch = joined(hidden, batch, prefixes, spans)
-        make = heads.logits if reads.logits else partial(heads.pool, spec=model.spec)
-        vectors = make(hidden, weights=model.weights, batch=batch if kept is None else kept.batch, ops=model.ops)
-        states = heads.token_vectors(hidden, model.weights, batch, model.ops) if reads.tokens else []
-        return Made(vectors.cpu(), states, time.perf_counter() - start)
+        inside = mode is not None and all(at >= count for at, count in zip(begin, layout.before, strict=True))
+        of_kept = kept_layout(layout, mode) if mode is not None and inside and not reads.tokens else None
+        schedule = model.ops.schedule(layout.lengths)
+        given = Given(layout, of_kept, schedule, None if of_kept is None else model.ops.schedule(of_kept.lengths), runs)
+        whole = inside or not any(layout.before)
+        form = None
+        if graphs is not None and whole and not reads.tokens and not reads.logits:
+            form = graphs.form(given)
+        vectors, states = None if graphs is None or form is None else graphs.run(form, given), list[Tensor]()
+        if vectors is None:
+            prefixes = gathered(runs, model.device)
+            batch = placed(layout, schedule, model.device)
+            kept = None if of_kept is None else kept_on(batch, of_kept, given.kept_schedule)
+            hidden = forward(model.weights, batch, model.ops, kept, prefixes=prefixes, between=partial(check, stop))
+            if not whole:
+                hidden, batch = joined(hidden, batch, prefixes, spans)
+            make = heads.logits if reads.logits else partial(heads.pool, spec=model.spec)
+            vectors = make(hidden, weights=model.weights, batch=batch if kept is None else kept.batch, ops=model.ops)
+            states = heads.token_vectors(hidden, model.weights, batch, model.ops) if reads.tokens else []
+            if graphs is not None and form is not None:
+                graphs.saw(form, given)
+        return returned(model, vectors, states, begun)
+
+
+def returned(model: Loaded, vectors: Tensor, states: list[Tensor], begun: float) -> Made:
+    """A batch on its way back from the device."""
+    there, wait = to_host(vectors)
+    if wait is None:
+        return Made(there, states, time.perf_counter() - begun)
+    for each in states:
+        each.record_stream(torch.cuda.default_stream(model.device))  # where the caller will most likely read them
+
+    def arrival() -> float:
+        wait()
+        now, before = time.perf_counter(), model.idle_since
+        model.idle_since = now
+        return now - max(begun, before)  # while another batch ran, this one waited
+
+    return Made(there, states, 0.0, arrival)
 
 
 def check(stop: Stop | None) -> None:

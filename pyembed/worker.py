@@ -97,7 +97,7 @@ def answer(model: Loaded, reads: Any, rows: Any, stop: Any) -> tuple[Flat, list[
     from pyembed import runner
 
     try:
-        return flat(runner.run_batch(model, reads, rows, stop))
+        return flat(runner.run_batch(model, reads, rows, stop).landed())
     except EOFError:
         raise
     except Exception as error:

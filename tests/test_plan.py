@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import checkpoints
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pyembed import Encoder, engine, window
 from pyembed.batch import COST_PER_TOKEN, padded, plan
 from pyembed.ops import cuda
-from pyembed.ops.budget import activation_bytes, balance
+from pyembed.ops.budget import activation_bytes, balance, flops
 
 Directory = Callable[[str], Path]
 
@@ -76,12 +76,29 @@ def test_attention_meets_the_linear_layers_where_their_flops_say(checkpoint: Dir
     assert activation_bytes(config, 4) == 2 * activation_bytes(config, 2)
 
 
-def test_a_gpus_budget_shrinks_with_its_free_memory(checkpoint: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpus_budget_is_its_cache_and_shrinks_with_its_free_memory(checkpoint: Directory) -> None:
+    """The residual stream of a batch takes a third of the cache; all activations of the batches on its streams a quarter of the memory."""
     config = Encoder(checkpoint("qwen3"), device="cpu").spec.model
-    each = activation_bytes(config, 2)
-    for free, tokens in ((1 << 50, cuda.TOKENS), (4 * 5000 * each, 5000), (0, 16)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 50))
-        assert cuda.budget(config, torch.bfloat16, torch.device("cuda")).tokens == tokens
+    each, width = activation_bytes(config, 2), 2 * config.hidden_size
+    for cache, tokens in ((0, cuda.LEAST), (3 * 10_000 * width, 9984), (1 << 40, cuda.MOST)):
+        assert cuda.budget_of(config, 2, 1 << 50, cache).tokens == tokens
+    for free, tokens in ((8 * 5000 * each, 5000), (0, 16)):
+        small = cuda.budget_of(config, 2, free, 1 << 40)
+        assert (small.tokens, small.streams) == (tokens, 2)
+        assert small.graphs <= tokens, "no graph is larger than a batch"
+
+
+def test_batches_are_recorded_up_to_where_their_products_take_as_long_as_their_launches(checkpoint: Directory) -> None:
+    tiny = Encoder(checkpoint("qwen3"), device="cpu").spec.model
+    heads = {"num_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    wide = replace(tiny, hidden_size=4096, intermediate_size=14336, num_layers=32, windows=(), **heads)
+    narrow = replace(tiny, hidden_size=1024, intermediate_size=3072, num_layers=28, windows=(), **heads | {"num_heads": 16})
+    sizes = [cuda.budget_of(each, 2, 100 << 30, 50 << 20) for each in (narrow, wide)]
+    assert [each.streams for each in sizes] == [2, 1]
+    for config, budget in zip((narrow, wide), sizes, strict=True):
+        seconds = flops(config) * budget.graphs / cuda.RATE
+        assert seconds <= cuda.LAUNCH * cuda.LAUNCHES * config.num_layers < seconds + flops(config) / cuda.RATE
+    assert flops(wide) > 10 * flops(narrow)
 
 
 def test_a_number_of_tokens_is_taken_as_it_stands(minilm: Path) -> None:

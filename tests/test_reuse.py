@@ -225,7 +225,7 @@ def test_the_last_layer_computes_what_is_read(
     layers = encoder.spec.model.num_layers
     assert rows[: layers - 1] == [rows[0]] * (layers - 1)
     assert rows[layers - 1] == (rows[0] if kept is None else 16), "rows are padded to 16"
-    monkeypatch.setattr(runner, "keep", lambda *_: None)
+    monkeypatch.setattr(runner, "kept_layout", lambda *_: None)
     whole = encoder.encode(TEXTS)
     same(pruned, whole, backend)
 
@@ -238,7 +238,7 @@ def test_a_mean_without_its_prompt_is_all_that_the_last_layer_computes(checkpoin
     texts = checkpoints.sentences((3, 10, 19))
     pruned = encoder.encode(texts, prompt=PROMPT)
     assert (rows[0], rows[-1]) == (112, 32)  # 75 + 32 tokens, and 32 of them
-    monkeypatch.setattr(runner, "keep", lambda *_: None)
+    monkeypatch.setattr(runner, "kept_layout", lambda *_: None)
     assert np.array_equal(pruned, encoder.encode(texts, prompt=PROMPT))
 
 
