@@ -50,7 +50,7 @@ def local(model: Loaded, tokenizer: Tokenizer) -> Engine:
 
     budget, reuses = model.ops.budget(model.spec.model, model.dtype, model.device), model.prefixes is not None
     given = (model.spec, tokenizer, (lane,), (model.device,), (model.ops,), model.dtype, model.adapter, budget, reuses, model)
-    return Engine(*given, share=share if model.device.type == "cpu" else None, errors=model.errors)
+    return Engine(*given, share=share if model.device.type == "cpu" else None, errors=model.errors, deterministic=model.deterministic)
 
 
 def windows(inputs: Iterable[Input], most: int = 1, *, growing: bool = False, once: bool = False) -> Iterator[tuple[Chunk, bool]]:

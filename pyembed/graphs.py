@@ -230,6 +230,9 @@ class Graphs:
             vectors = graph.run(given)  # compiles what is not compiled yet, and grows tables
             graph.recorded(self)
         except RuntimeError as error:
+            if self.made and isinstance(error, torch.OutOfMemoryError):
+                self.give_away(list(self.made))
+                return None
             self.failure = f"{type(error).__name__}: {error}"
             warnings.warn(f"No CUDA graph could be recorded, so small batches are launched kernel by kernel. {self.failure}", stacklevel=2)
             return None
@@ -241,6 +244,9 @@ class Graphs:
         """Give away what was used longest ago, and graphs of prompts that are not kept any more."""
         gone = [form for form, each in self.made.items() if each.prompt is not None and not self.kept(each.prompt)]
         gone += [form for form in self.made if form not in gone][: max(0, len(self.made) - len(gone) - MOST)]
+        self.give_away(gone)
+
+    def give_away(self, gone: list[Form]) -> None:
         if gone and self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # a replay may be under way
         for form in gone:

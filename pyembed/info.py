@@ -58,7 +58,7 @@ def summary(model: str, family: str, engine: Engine, dim: int, limit: int | None
     return (
         f"Encoder({model!r}, {family}, {config.num_layers} layers, recipe={spec.recipe.name or None},\n{merged}{task}"
         f"  device={places(engine.devices)}, dtype={dtype}, mask={mask(config)}, {heads.describe(spec)},\n"
-        f"  dim={dim}, max_seq_length={limit}, backend={' + '.join(backends)}, prompt cache {cache(engine)})"
+        f"  dim={dim}, max_seq_length={limit}, backend={' + '.join(backends)}{launching(engine)}, prompt cache {cache(engine)})"
     )
 
 
@@ -67,6 +67,18 @@ def places(devices: Sequence[torch.device]) -> str:
     counts = Counter(map(str, devices))
     listed = " + ".join(name if count == 1 else f"{name} x {count}" for name, count in counts.items())
     return f"{listed} (worker processes)" if len(devices) > 1 else listed
+
+
+def launching(engine: Engine) -> str:
+    """How a CUDA device in this process is told what to run, and whether bits are kept from a text's batch."""
+    model, steady = engine.local, ", deterministic" if engine.deterministic else ""
+    if model is None or model.device.type == "cpu":
+        return steady
+    if not model.graphs:
+        return f"{steady}, no CUDA graphs"
+    failure = next((f"; {each.failure}" for each in model.graphs if each.failure), "")
+    recorded = sum(len(each.made) for each in model.graphs)
+    return f"{steady}, CUDA graphs up to {model.graphs[0].limit:,} tokens ({recorded} recorded{failure})"
 
 
 def cache(engine: Engine) -> str:

@@ -93,6 +93,7 @@ class Engine:
     local: Loaded | None  # the model, where it is in this process
     share: Share | None = None  # of this process's CPU: a batch on one thread, beside others; no threads tokenise beside these
     errors: dict[str, float] = field(default_factory=dict)  # of each linear layer in eight bits (quantising.py)
+    deterministic: bool = False  # asked for
     fits: int | None = None  # tokens of a batch: half of the smallest that ran out of memory
     stats: Stats = field(default_factory=Stats)
     lock: threading.Lock = field(default_factory=threading.Lock)  # around `fits` and `stats`

@@ -66,7 +66,8 @@ def serve(
         return engine.local(load(device=devices[0], **model), tokenizer)
     pool, reuses = Pool(model, devices), room != 0 and shareable(spec)
     backends = tuple(kernels_of(device, dtype, backend) for device in devices)
-    return Engine(spec, tokenizer, pool.lanes, tuple(devices), backends, dtype, adapter, pool.budget, reuses, None, errors=pool.errors)
+    given = (spec, tokenizer, pool.lanes, tuple(devices), backends, dtype, adapter, pool.budget, reuses, None)
+    return Engine(*given, errors=pool.errors, deterministic=settings["deterministic"])
 
 
 def check_kernels(family: Family, device: torch.device, dtype: torch.dtype, backend: Backend | None) -> None:
