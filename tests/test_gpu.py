@@ -83,7 +83,7 @@ def test_deterministic_on_cuda(checkpoint, many, name, dtype):
 
 
 def test_nothing_waits_and_nothing_is_allocated(checkpoint, many):
-    """After the first rounds the host reads no number of the device but the vectors, behind an event, and the allocator asks for nothing."""
+    """After the first rounds the host reads nothing of the device but vectors, behind an event, and the allocator asks for nothing."""
     encoder = Encoder(checkpoint("qwen3"), device="cuda", dtype="bfloat16", backend="kernels")
     for _ in range(6):
         for texts in (many[0], *many[1]):
