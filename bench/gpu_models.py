@@ -125,16 +125,16 @@ class Bench:
 
         return self.once_made("checkpoint", shape, make=make)  # type: ignore[no-any-return]
 
-    def ours(self, shape: str, dtype: str = "bfloat16") -> pyembed.Encoder:
+    def ours(self, shape: str, dtype: str = "bfloat16", *, deterministic: bool = False) -> pyembed.Encoder:
         def make() -> pyembed.Encoder:
             directory = self.directory(shape)
             self.wait()
             before, start = self.memory(), time.perf_counter()
             self.reset_peak()
-            settings: dict[str, Any] = {"backend": self.settings.backend, "max_seq_length": self.largest}
-            encoder = pyembed.Encoder(directory, device=self.device, dtype=dtype, **settings)
+            settings = {"backend": self.settings.backend, "max_seq_length": self.largest, "deterministic": deterministic}
+            encoder = pyembed.Encoder(directory, device=self.device, dtype=dtype, **settings)  # type: ignore[arg-type]
             self.wait()
-            self.loading[shape if dtype == "bfloat16" else f"{shape} {dtype}"] = {
+            self.loading[" ".join([shape, *[dtype] * (dtype != "bfloat16"), *["deterministic"] * deterministic])] = {
                 "file": (directory / "model.safetensors").stat().st_size,
                 "loaded": self.memory() - before,
                 "while_loading": self.peak() - before,
@@ -142,7 +142,7 @@ class Bench:
             }
             return encoder
 
-        return self.once_made(OURS, shape, dtype, make=make)  # type: ignore[no-any-return]
+        return self.once_made(OURS, shape, dtype, *["deterministic"] * deterministic, make=make)  # type: ignore[no-any-return]
 
     def reference(self, shape: str) -> pyembed.Encoder:
         """In float32, of plain PyTorch; not kept."""

@@ -46,6 +46,16 @@ def lines(name: str, case: dict[str, Any]) -> Iterator[str]:
             device = row.get("on the device")
             told += [f"on the device {device['span']:.3f}, busy {device['busy']:.3f}"] if device else []
             yield f"{name:12s} {tokens} tokens, p50/p95 ms: {', '.join(told)}"
+    elif "modes" in case:
+        for work, each in case["modes"].items():
+            first, *others = each
+            ratios = ", ".join(f"{label} {each[label]['median'] / each[first]['median']:.2f}x" for label in others)
+            yield f"{name:12s} {work}: {each[first]['median']:.4f} s, time of others: {ratios}"
+        same, graphs = case["same_bits"], case["graphs"]
+        yield (
+            f"{name:12s} deterministic: {same['alone']} of {same['texts']} texts have the same bits alone, {same['reversed']} in the other "
+            f"order; {graphs['recorded']} graphs up to {graphs['tokens']} tokens, {case['streams']} streams"
+        )
     elif "growth" in case:
         mega = {
             key: value / 2**20 for key, value in (case | case["beyond_loaded"] | case["growth"]).items() if isinstance(value, int | float)
@@ -120,6 +130,14 @@ def targets(record: dict[str, Any]) -> Iterator[Verdict]:
         yield target(shape, what, many / alone, SAME_MEMORY, least=False) if alone else f"{shape}: {what}; one batch took none"
         most = max(growth[key] for key in ("allocated", "peak", "reserved"))
         yield target(shape, f"bytes that {case['calls']} small batches leave", most, CREEP, least=False)
+    for shape in ("0.6B", "7B"):
+        case = cases.get(f"{shape} modes")
+        what = "texts whose bits deterministic=True keeps alone and in another order, of all"
+        if case is None:
+            yield f"{shape}: {what}; it is not there"
+        else:
+            same = case["same_bits"]
+            yield target(shape, what, min(same["alone"], same["reversed"]) / same["texts"], 1.0)
     yield "every family's tiny model within twice torch's error: pytest -m gpu shows it"
 
 

@@ -13,10 +13,13 @@ import pyembed
 LARGEST = 8192  # tokens of a text
 BLOCK = 100  # texts of the corpus that are tokenised together
 REQUEST = 256  # texts of a request, where texts come in an order that is not ours to change
-COUNTS = {"S128": 20_000, "W1": 20_000, "W2": 20_000, "W3": 4_000, "W4": 1_000, "W5": 20_000}  # texts, of which a run may take the first
+INSTRUCTION = 22  # tokens of the instruction of W1i
+# texts, of which a run may take the first
+COUNTS = {"S128": 20_000, "W1": 20_000, "W1i": 20_000, "W2": 20_000, "W3": 4_000, "W4": 1_000, "W5": 20_000}
 WORKLOADS = {
     "S128": "texts of 128 tokens",
     "W1": "queries, lognormal, mean 10 tokens",
+    "W1i": f"W1 behind an instruction of {INSTRUCTION} tokens, which ours is given as the prompt that it is",
     "W2": "passages, lognormal, mean 80 tokens, at most 256",
     "W3": "chunks of 512 tokens",
     "W4": "documents, lognormal around 1,500 tokens, at most 8,192",
@@ -30,6 +33,7 @@ class Work:
     texts: list[str]
     ids: list[np.ndarray]
     request: int | None  # texts a call; None: all in one
+    prompt: str = ""  # that all texts begin with
 
     @property
     def tokens(self) -> int:
@@ -50,6 +54,7 @@ def lengths(name: str, tokens: int, largest: int = LARGEST) -> list[int]:
     drawn = {
         "S128": np.full(count, 128),
         "W1": queries,
+        "W1i": queries,
         "W2": passages,
         "W3": np.full(count, 512),
         "W4": documents,
@@ -102,4 +107,6 @@ class Source:
 
     def work(self, name: str, tokens: int, largest: int) -> Work:
         texts = self.texts(lengths(name, tokens, largest))
-        return Work(name, texts, self.encoder.token_ids(texts), REQUEST if name == "W5" else None)
+        prompt = self.exactly(INSTRUCTION, 1)[0] + " " if name == "W1i" else ""
+        texts = [prompt + each for each in texts]
+        return Work(name, texts, self.encoder.token_ids(texts), REQUEST if name == "W5" else None, prompt)

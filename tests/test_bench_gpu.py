@@ -78,7 +78,8 @@ def test_all_of_it_on_a_cpu(run: Callable[..., Any], monkeypatch: pytest.MonkeyP
     from gpu_cases import FP8, IDS, OURS, PACKED, SENTENCES, TEXT
 
     monkeypatch.setattr(varlen, "varlen_attn", plain)
-    status, record = run("device", "0.6B gate", "0.6B linear", "0.6B S128", "0.6B latency", "0.6B memory", "7B gate", "7B W5", "7B head")
+    cases = ("gate", "linear", "S128", "latency", "modes", "memory")
+    status, record = run("device", *(f"0.6B {each}" for each in cases), "7B gate", "7B W5", "7B head")
     told = capsys.readouterr().out
     cases = record["cases"]
     assert status == 0
@@ -96,6 +97,10 @@ def test_all_of_it_on_a_cpu(run: Callable[..., Any], monkeypatch: pytest.MonkeyP
     assert ours["executed_gemm_share"] < ours["gemm_share"]  # the last layer's queries are those of one row a text
     assert {member for row in cases["0.6B latency"]["milliseconds"].values() for member in row} == {IDS, TEXT, PACKED, SENTENCES}
     assert list(cases["0.6B latency"]["milliseconds"]) == ["10", "80"]
+    modes = cases["0.6B modes"]
+    assert list(modes["modes"]) == ["S128", "2 requests of 8 queries", "2 single queries"]
+    assert modes["same_bits"] == {"alone": 34, "reversed": 34, "texts": 34}
+    assert modes["cosine_of_deterministic"] > 0.999
     assert "met " not in told and "MISSED" not in told  # nothing here says anything of a GPU
     assert "UNKNOWN 0.6B S128: GEMM FLOPs / time" in told
     assert "/tmp/" not in json.dumps(record)
@@ -134,6 +139,22 @@ def test_wrong_vectors_are_not_timed(run: Callable[..., Any], monkeypatch: pytes
     for name in ("W1", "latency", "head"):
         assert "the gate of 7B refused our vectors" in record["cases"][f"7B {name}"]["error"]
     assert "results" in record["cases"]["0.6B W1"]
+
+
+def test_an_instruction_is_run_once_and_said_to_others_with_each_text(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_cases
+    from gpu_cases import IDS, PACKED, SENTENCES, TEXT
+
+    monkeypatch.setattr(varlen, "varlen_attn", plain)
+    seen: list[str] = []
+    encode = gpu_cases.Sentences.encode
+    monkeypatch.setattr(gpu_cases.Sentences, "encode", lambda self, texts, batch: (seen.extend(texts), encode(self, texts, batch))[1])
+    _, record = run("0.6B gate", "0.6B W1i")
+    case = record["cases"]["0.6B W1i"]
+    assert set(case["results"]) == {IDS, TEXT, PACKED, SENTENCES}
+    assert min(each["min"] for each in case["cosines_to_ours"].values()) > 0.998
+    assert len({text[:40] for text in seen}) == 1, "the instruction"
+    assert case["tokens"] / case["texts"] > 30
 
 
 def test_what_is_there_is_not_run_again(tmp_path: Path) -> None:
@@ -330,6 +351,9 @@ def record_of(factor: float) -> dict[str, Any]:
     bytes_of = {"file": 1, "loaded": 1, "while_loading": 1, "batches": 3, "calls": 1000}
     memory = bytes_of | {"beyond_loaded": {"one batch": 10.0, "many batches": 11.0 / f}}
     memory |= {"growth": {"allocated": 0, "peak": (2 << 20) / f, "reserved": 0, "resident": 9e9}}
+    modes = {name: {mode: {"median": 1.0} for mode in ("usual", "no graphs", "deterministic")} for name in ("S128", "64 single queries")}
+    modes = {"modes": modes, "layers": 28, "streams": 2, "graphs": {"tokens": 2861, "recorded": 9}, "failed": {}}
+    modes |= {"same_bits": {"alone": 34 * f, "reversed": 34, "texts": 34}}
     gate = {"cosines": {"ours": {"mean": 0.9999, "min": 0.9996}, PACKED: {"mean": 0.9999, "min": 0.9996}}, "failed": {}}
     cases = {
         "device": {"copy": 4e12, "best_square": 8e14, "8192^3": {"median": 7.9e14}},
@@ -344,7 +368,7 @@ def record_of(factor: float) -> dict[str, Any]:
         "7B W2": race(32, 0.5, ids=1.0, packed=1.1 * f, compiled=1.1 * f),
         **{f"{shape} latency": {"layers": layers, "milliseconds": {str(n): latencies for n in (10, 80, 512, 8192)}, "failed": {}}
            for shape, layers in (("0.6B", 28), ("7B", 32))},
-        **{f"{shape} memory": memory for shape in ("0.6B", "7B")},
+        **{f"{shape} {name}": case for shape in ("0.6B", "7B") for name, case in (("memory", memory), ("modes", modes))},
         "7B head": {"layers": 32, "seconds_a_token": {"head": 0.03 / f, "trunk": 1.0}},
     }  # fmt: skip
     return {"gpu": {"name": "a card"}, "versions": {"torch": "2"}, "settings": {"tiny": False}, "not_run": ["7B gate"], "cases": cases}
@@ -361,11 +385,11 @@ def test_targets_are_met_missed_or_unknown() -> None:
     import gpu_report
 
     met, missed = (verdicts(record_of(factor)) for factor in (1.001, 0.98))
-    assert len(met) == 24
-    assert [verdict for verdict, _ in met] == ["met"] * 23 + ["UNKNOWN"]
-    assert [verdict for verdict, _ in missed] == ["MISSED"] * 23 + ["UNKNOWN"]
+    assert len(met) == 26
+    assert [verdict for verdict, _ in met] == ["met"] * 25 + ["UNKNOWN"]
+    assert [verdict for verdict, _ in missed] == ["MISSED"] * 25 + ["UNKNOWN"]
     text = gpu_report.summary(record_of(1.0))
-    assert len(text) < 11_000  # what is shown of a long output is its end
+    assert len(text) < 12_000  # what is shown of a long output is its end
     assert "failed (0.6B S128, 0.6B W1, 0.6B W2" in text
     assert "no time was left for: 7B gate" in text
 
