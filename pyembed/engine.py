@@ -253,6 +253,9 @@ class Line:
                 self.land()
                 continue
             task()
+        for _, _, _, made in self.flights.queue:
+            with suppress(Exception):  # nobody waits for it: a worker is told so, and a device's memory is not left before it is done
+                made.landed()
         self.deserted = not self.closed
 
     def prepare(self, ticket: Ticket, only: bool) -> None:
@@ -281,34 +284,46 @@ class Line:
         if fits is not None and tokens > fits and len(batch) > 1:
             return self.halves(ticket, batch, losses)
         beside = not whole and self.engine.share is not None and threading.current_thread() in self.threads
-        alone = f"Input {work.numbers[work.owner[batch[0]]]}" if len(batch) == 1 else ""
         try:
             made = self.on_a_lane(rows_of(work, batch), beside=beside)
-        except LaneLost as error:
-            if alone and losses + 1 >= LOSSES:
-                raise RuntimeError(f"{alone} ends every worker process that runs it; the last: {error}") from error
-            again = alone or losses == 0  # whatever happened to the lane, it may not have been the batch
-            return self.run_batch(ticket, batch, losses + 1) if again else self.halves(ticket, batch, losses)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            if alone and beside:  # the others may have taken the memory
-                return self.run_batch(ticket, batch, losses, whole=True)
-            if alone:
-                raise MemoryError(f"{alone} alone, {tokens:,} tokens, does not fit into memory; lower max_seq_length. ({error})") from error
-            self.shrink(tokens)
-            return self.halves(ticket, batch, losses)
+        except (LaneLost, RuntimeError, MemoryError) as error:
+            return self.run_again(ticket, batch, losses, error, beside=beside)
         if made.arrival is None:
             return self.placed(ticket, batch, made)
-        self.flights.queue.append((ticket, batch, made))
+        self.flights.queue.append((ticket, batch, losses, made))
         return self.land() if len(self.flights.queue) > AIRBORNE else None
+
+    def run_again(self, ticket: Ticket, batch: list[int], losses: int, error: Exception, *, beside: bool = False) -> None:
+        """A batch over which a lane was lost or memory ran out: as it is or in halves. Any other error is raised."""
+        assert ticket.work is not None
+        tokens = room(ticket.work, batch)
+        alone = f"Input {ticket.work.numbers[ticket.work.owner[batch[0]]]}" if len(batch) == 1 else ""
+        if isinstance(error, LaneLost):
+            count = losses + error.sure
+            if alone and count >= LOSSES:
+                raise RuntimeError(f"{alone} ends every worker process that runs it; the last: {error}") from error
+            again = alone or count <= 1  # whatever happened to the lane, it may not have been the batch
+            return self.run_batch(ticket, batch, count) if again else self.halves(ticket, batch, losses)
+        if not out_of_memory(error):
+            raise error
+        if alone and beside:  # the others may have taken the memory
+            return self.run_batch(ticket, batch, losses, whole=True)
+        if alone:
+            raise MemoryError(f"{alone} alone, {tokens:,} tokens, does not fit into memory; lower max_seq_length. ({error})") from error
+        self.shrink(tokens)
+        return self.halves(ticket, batch, losses)
 
     def land(self, *, all_of: bool = False) -> None:
         """Wait for the batch that has been on its way for longest, if there is one, and place it; or for all."""
         while self.flights.queue:
-            ticket, batch, made = self.flights.queue.popleft()
+            ticket, batch, losses, made = self.flights.queue.popleft()
             try:
-                self.placed(ticket, batch, made.landed())
+                try:
+                    made = made.landed()
+                except (LaneLost, RuntimeError, MemoryError) as error:
+                    self.run_again(ticket, batch, losses, error)
+                else:
+                    self.placed(ticket, batch, made)
             except BaseException as error:
                 if threading.current_thread() not in self.threads:
                     raise

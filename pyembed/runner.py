@@ -36,7 +36,11 @@ class Stopped(RuntimeError):
 
 
 class LaneLost(Exception):
-    """What ran this batch has ended under it, and will be there again for the next one."""
+    """What ran this batch has ended under it, and will be there again for the next one. `sure`: no other batch may have been the reason."""
+
+    def __init__(self, said: str, *, sure: bool = True) -> None:
+        super().__init__(said)
+        self.sure = sure
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +68,10 @@ class Made(NamedTuple):
     vectors: Tensor  # [n, dim] float32 on the CPU; logits [n, V] where they were asked for
     states: list[Tensor]  # [length, D] each, or none
     seconds: float  # that the device was taken
-    arrival: Callable[[], float] | None = None  # waits for the device; what `seconds` then is
+    arrival: Callable[[], Made] | None = None  # waits for the device, and gives what is there then
 
     def landed(self) -> Made:
-        return self if self.arrival is None else Made(self.vectors, self.states, self.arrival())
+        return self if self.arrival is None else self.arrival()
 
 
 class Turns:
@@ -205,11 +209,11 @@ def returned(model: Loaded, vectors: Tensor, states: list[Tensor], begun: float)
     for each in states:
         each.record_stream(torch.cuda.default_stream(model.device))  # where the caller will most likely read them
 
-    def arrival() -> float:
+    def arrival() -> Made:
         wait()
         now, before = time.perf_counter(), model.idle_since
         model.idle_since = now
-        return now - max(begun, before)  # while another batch ran, this one waited
+        return Made(there, states, now - max(begun, before))  # while another batch ran, this one waited
 
     return Made(there, states, 0.0, arrival)
 

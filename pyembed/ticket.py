@@ -48,7 +48,7 @@ class Ticket:
             del error
 
 
-Flight = tuple[Ticket, list[int], Made]  # a batch that a device was told to run
+Flight = tuple[Ticket, list[int], int, Made]  # a batch that a device was told to run, and how many lanes were lost over it before
 
 
 class Flights(threading.local):

@@ -1,7 +1,7 @@
 """A worker process, from inside: it loads a model and runs the batches that come through a socket, until that is closed.
 
-Its first message says where it runs, its second what to load; then come batches, each answered once. A None ends the batch under way.
-torch is imported inside functions, after the process is pinned to its cores.
+Its first message says where it runs, its second what to load; then come batches, each with a number and answered once, in their order. A
+number alone ends that batch. torch is imported inside functions, after the process is pinned to its cores.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import traceback
+from collections import deque
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ class Place:
 
     cores: tuple[int, ...]  # that it is pinned to; empty: any
     threads: int
+    ahead: int  # batches that may come before the last one is answered: a GPU is told of them meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +59,19 @@ def main(handle: int) -> None:
         place, given = receive(channel), channel.recv_bytes()
         if place.cores:
             os.sched_setaffinity(0, place.cores)
-        serve(channel, place.threads, given)
+        serve(channel, place, given)
     except (EOFError, ConnectionError):
         pass  # nobody asks any more
     os._exit(0)  # there is nothing to clean up, and whoever waits for the end waits less
 
 
-def serve(channel: Connection, threads: int, given: bytes) -> None:
+def serve(channel: Connection, place: Place, given: bytes) -> None:
     """Load what was `given`, pickled, and answer batches. EOFError or ConnectionError once nobody asks any more."""
     import torch
 
     from pyembed.loading import load
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(place.threads)
     try:
         arguments = pickle.loads(given)
         if arguments["device"].type == "cuda":
@@ -79,32 +81,57 @@ def serve(channel: Connection, threads: int, given: bytes) -> None:
         send(channel, failed(error))
         return
     send(channel, (model.ops.budget(model.spec.model, model.dtype, model.device), model.errors))
+    asked: deque[Any] = deque()  # batches to run
+    told: deque[Made | Failed] = deque()  # those that the device was told to run
+    given_up: set[int] = set()
 
-    def given_up() -> bool:
-        return channel.poll() and receive(channel) is None
+    def read() -> None:
+        message = receive(channel)
+        given_up.add(message) if isinstance(message, int) else asked.append(message)
 
     while True:
-        asked = receive(channel)
-        if asked is not None:  # else it was for a batch that had just ended
-            reads, rows = asked
-            send(channel, answer(model, reads, rows, given_up))
+        while told and (len(told) > place.ahead or not (asked or channel.poll())):
+            send(channel, answer(model, told.popleft()))
+        if not asked:
+            read()
+            continue
+        number, reads, rows = asked.popleft()
+
+        def stop(number: int = number) -> bool:
+            while channel.poll():
+                read()
+            return number in given_up
+
+        told.append(begin(model, reads, rows, stop))
+        given_up.difference_update(range(number + 1))
 
 
-def answer(model: Loaded, reads: Any, rows: Any, stop: Any) -> tuple[Flat, list[Flat], float] | Failed:
-    """What the batch gives, or why not."""
+def begin(model: Loaded, reads: Any, rows: Any, stop: Any) -> Made | Failed:
+    """Run a batch, or tell the device to; or why not."""
+    from pyembed import runner
+
+    try:
+        return runner.run_batch(model, reads, rows, stop)
+    except EOFError:
+        raise
+    except Exception as error:
+        return failed(error)
+
+
+def answer(model: Loaded, made: Made | Failed) -> tuple[Flat, list[Flat], float] | Failed:
+    """What a batch has given, once it is there, or why not."""
     import torch
 
     from pyembed import runner
 
     try:
-        return flat(runner.run_batch(model, reads, rows, stop).landed())
-    except EOFError:
-        raise
+        if not isinstance(made, Failed):
+            return flat(made.landed())
     except Exception as error:
-        out = failed(error)
-    if model.device.type == "cuda" and runner.out_of_memory(out.error):
+        made = failed(error)
+    if model.device.type == "cuda" and runner.out_of_memory(made.error):
         torch.cuda.empty_cache()
-    return out
+    return made
 
 
 def failed(error: Exception) -> Failed:

@@ -15,10 +15,12 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
@@ -32,6 +34,7 @@ from pyembed.worker import Failed, Flat, Place, send
 
 PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from pyembed.worker import main; main(int(sys.argv[1]))"
 Loaded = tuple[Budget, dict[str, float]]  # how much a worker takes at once, and the errors of its linear layers in eight bits
+AHEAD = {"cpu": 0, "cuda": 2}  # batches that a worker takes before the last one is answered; a CPU is busy with one
 PATIENCE = 2.0  # seconds that a worker has to end by itself
 
 logger = logging.getLogger("pyembed")
@@ -41,6 +44,15 @@ class WorkerTraceback(Exception):
     """Where in a worker an error was raised: the cause of that error in this process."""
 
 
+@dataclass(slots=True, eq=False)
+class Answer:
+    """What a worker is to answer to a batch."""
+
+    number: int
+    message: Any = None
+    lost: LaneLost | None = None  # the worker has ended instead
+
+
 @dataclass(slots=True)
 class Worker:
     """A worker process of ours."""
@@ -48,8 +60,9 @@ class Worker:
     process: subprocess.Popen[bytes]
     channel: Connection
     device: torch.device
+    ahead: int  # batches that it takes before the last one is answered
     loaded: bool = False
-    owed: int = 1  # answers that are to come: to loading, then to a batch, which may have been given up
+    owed: deque[Answer] = field(default_factory=deque)  # those to come, in order, those to batches that were given up among them
 
 
 class Pool:
@@ -64,6 +77,7 @@ class Pool:
         self.places = places(devices)
         self.workers: list[Worker | None] = [None] * len(devices)
         self.locks = [threading.Lock() for _ in devices]
+        self.numbers = count()
         self.close = weakref.finalize(self, end, self.workers, os.getpid())
         POOLS.add(self)
         try:
@@ -100,33 +114,53 @@ class Pool:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # out of reach of a terminal's Ctrl-C from the first moment
             )
-            worker = self.workers[number] = Worker(process, Connection(ours.detach()), device)
+            worker = self.workers[number] = Worker(process, Connection(ours.detach()), device, place.ahead)
         with suppress(BrokenPipeError):  # who waits for it will see that it has ended
             send(worker.channel, place)
             send(worker.channel, self.model | {"device": device})
         return worker
 
     def run(self, number: int, reads: Reads, rows: Rows, stop: Stop) -> Made:
-        """Run a batch on the worker of this number, which is started anew where it has died. Token states come on the CPU.
+        """Have a batch run by the worker of this number, which is started anew where it has died; on a GPU it may be on its way yet. Token
+        states come on the CPU.
 
-        LaneLost where it dies over the batch. Stopped where `stop` says so; the worker then ends the batch between two layers.
+        LaneLost, here or when it is waited for, where the worker dies over it or one before it. Stopped where `stop` says so; the worker
+        then ends the batch between two layers.
         """
         with self.locks[number]:
             worker = self.ready(number, stop)
+            while len(worker.owed) > worker.ahead:
+                self.take(number, worker, stop)
+            answer = Answer(next(self.numbers))
             try:
-                while worker.owed:
-                    take(worker, stop)
-                send(worker.channel, (reads, rows))
-                worker.owed += 1
-                try:
-                    message = take(worker, stop)
-                except Stopped:
-                    send(worker.channel, None)
-                    raise
-            except (EOFError, OSError) as error:
-                raise LaneLost(self.bury(worker, number)) from error
-        vectors, states, seconds = opened(message)
-        return Made(tensor(vectors), [tensor(each) for each in states], seconds)
+                send(worker.channel, (answer.number, reads, rows))
+            except OSError as error:
+                raise self.bury(worker, number) from error
+            worker.owed.append(answer)
+
+        def arrival() -> Made:
+            with self.locks[number]:
+                while answer in worker.owed:
+                    try:
+                        self.take(number, worker, stop)
+                    except Stopped:
+                        with suppress(OSError):  # where it has ended, it has ended the batch
+                            send(worker.channel, answer.number)
+                        raise
+            if answer.lost is not None:
+                raise answer.lost
+            vectors, states, seconds = opened(answer.message)
+            return Made(tensor(vectors), [tensor(each) for each in states], seconds)
+
+        return Made(torch.empty(0), [], 0.0, arrival) if worker.ahead else arrival()
+
+    def take(self, number: int, worker: Worker, stop: Stop) -> None:
+        """Wait for the worker's next answer; LaneLost where it has ended, of which all who wait for one are told."""
+        try:
+            message = receive(worker, stop)
+        except (EOFError, OSError) as error:
+            raise self.bury(worker, number) from error
+        worker.owed.popleft().message = message
 
     def ready(self, number: int, stop: Stop) -> Worker:
         """The worker of this number, loaded; a new one where the last one has died."""
@@ -147,13 +181,19 @@ class Pool:
                 raise
         return worker
 
-    def bury(self, worker: Worker, number: int) -> str:
-        """Forget a worker that has ended; how it did, as a sentence."""
+    def bury(self, worker: Worker, number: int) -> LaneLost:
+        """Forget a worker that has ended; what all who wait for it are told. Where several do, nobody knows whose batch it was: the next
+        one has one batch at a time.
+        """
         self.workers[number] = None
         worker.channel.close()
-        said = ended(worker)
+        said, sure = ended(worker), len(worker.owed) <= 1
+        if not sure:
+            self.places[number] = replace(self.places[number], ahead=0)
+        while worker.owed:
+            worker.owed.popleft().lost = LaneLost(said, sure=sure)
         logger.error("%s A new one takes its place.", said)  # an error that is mended: also told where warnings wait for a summary
-        return said
+        return LaneLost(said, sure=sure)
 
 
 POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
@@ -173,34 +213,32 @@ if hasattr(os, "register_at_fork"):
 
 def places(devices: Sequence[torch.device]) -> list[Place]:
     """The cores of this process divided among the workers on a CPU, and threads: no more than this thread's in all, and one each."""
-    own, count = cores(), sum(each.type == "cpu" for each in devices)
-    shares = [own[n * len(own) // count : (n + 1) * len(own) // count] for n in range(count)]
+    own, shared = cores(), sum(each.type == "cpu" for each in devices)
+    shares = [own[n * len(own) // shared : (n + 1) * len(own) // shared] for n in range(shared)]
     out, pinned = [], hasattr(os, "sched_setaffinity")
     for device in devices:
         if device.type == "cpu":
             share = shares.pop(0)
-            threads = min(len(share), max(1, torch.get_num_threads() // count))
-            out.append(Place(tuple(share) if pinned else (), threads))
+            threads = min(len(share), max(1, torch.get_num_threads() // shared))
+            out.append(Place(tuple(share) if pinned else (), threads, AHEAD["cpu"]))
         else:
-            out.append(Place((), max(1, torch.get_num_threads() // len(devices))))
+            out.append(Place((), max(1, torch.get_num_threads() // len(devices)), AHEAD[device.type]))
     return out
 
 
-def take(worker: Worker, stop: Stop | None = None) -> Any:
-    """The worker's next answer. EOFError or OSError where it has ended, Stopped where `stop` says so."""
+def receive(worker: Worker, stop: Stop | None = None) -> Any:
+    """The worker's next message. EOFError or OSError where it has ended, Stopped where `stop` says so."""
     while not worker.channel.poll(POLL):
         check(stop)
         if worker.process.poll() is not None and not worker.channel.poll():
             raise EOFError  # where somebody else holds the other end of the socket
-    data = worker.channel.recv_bytes()
-    worker.owed -= 1
-    return pickle.loads(data)
+    return pickle.loads(worker.channel.recv_bytes())
 
 
 def finish_loading(worker: Worker, stop: Stop | None = None) -> Loaded:
     """Wait until the worker has loaded. What it raised over it; LaneLost where it ended."""
     try:
-        message = take(worker, stop)
+        message = receive(worker, stop)
     except (EOFError, OSError) as error:
         raise LaneLost(f"{ended(worker)} It was loading the model.") from error
     loaded = opened(message)

@@ -77,12 +77,12 @@ class Sky:
             self.air += 1
             self.most = max(self.most, self.air)
 
-        def arrival() -> float:
+        def arrival() -> Made:
             with self.lock:
                 self.air -= 1
             self.fault(number)
             vectors.copy_(made.vectors)
-            return 0.25
+            return Made(vectors, made.states, 0.25)
 
         return made._replace(vectors=vectors, seconds=0.0, arrival=arrival)
 

@@ -75,10 +75,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("faults")
 
 
-@pytest.fixture(scope="module")
-def odd(directory: Path, folder: Path) -> Iterator[Encoder]:
-    """One whose workers have faults."""
+@pytest.fixture(scope="module", params=[0, 2], ids=["one at a time", "ahead"])
+def odd(directory: Path, folder: Path, request: pytest.FixtureRequest) -> Iterator[Encoder]:
+    """One whose workers have faults. Ahead: they are told of further batches before they answer, as a GPU's are."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(workers.AHEAD, "cpu", request.param)
         patch.setenv("FAULTS", str(folder))
         patch.setattr(workers, "PROGRAM", FAULTY)
         yield Encoder(directory, device=TWO, dtype="float32", tokens_per_batch=64)
@@ -136,6 +137,24 @@ def test_one_window_is_divided_among_the_lanes(two: Encoder, monkeypatch: pytest
     assert len(ran) == 1, "a few tokens are not worth another lane"
 
 
+def test_a_worker_is_told_of_batches_before_it_answers(odd: Encoder, one: Encoder, small_windows: None) -> None:
+    pool = odd._engine.lanes[0].func.__self__  # type: ignore[attr-defined]
+    most, take = [0], pool.take
+
+    def counted(number: int, worker: workers.Worker, stop: Any) -> None:
+        most.append(len(worker.owed))
+        take(number, worker, stop)
+
+    pool.take = counted
+    try:
+        assert np.array_equal(odd.encode(TEXTS), one.encode(TEXTS))
+        assert np.array_equal(np.stack(list(odd.stream(iter(TEXTS)))), one.encode(TEXTS))
+    finally:
+        del pool.take
+    ahead = pool.workers[0].ahead
+    assert min(2, 1 + ahead) <= max(most) <= 1 + ahead
+
+
 def test_threads_may_encode_at_once(one: Encoder, two: Encoder) -> None:
     expected = one.encode(TEXTS)
     with ThreadPoolExecutor(5) as threads:
@@ -143,6 +162,7 @@ def test_threads_may_encode_at_once(one: Encoder, two: Encoder) -> None:
     assert all(np.array_equal(each, expected[n:]) for n, each in enumerate(found))
 
 
+@pytest.mark.parametrize("odd", [pytest.param(0, id="one at a time")], indirect=True)
 def test_calls_at_once_share_the_lanes(odd: Encoder, folder: Path, one: Encoder) -> None:
     """While a call keeps one lane, another one takes the other: it does not wait for the first lane."""
     (folder / "hangs").unlink(missing_ok=True)
@@ -389,6 +409,7 @@ def test_workers_divide_the_cores(two: Encoder, odd: Encoder, monkeypatch: pytes
     assert os.sched_getaffinity(0) == own
 
     monkeypatch.setattr(workers, "cores", lambda: [0, 1, 2, 5, 6, 7, 8])
+    monkeypatch.setitem(workers.AHEAD, "cpu", 0)
     cpu, cuda = torch.device("cpu"), torch.device("cuda:0")
     for threads, expected in ((6, [2, 2, 2]), (2, [1, 1, 1]), (30, [2, 2, 3])):
         torch.set_num_threads(threads)
@@ -396,7 +417,7 @@ def test_workers_divide_the_cores(two: Encoder, odd: Encoder, monkeypatch: pytes
         assert [each.cores for each in found] == [(0, 1), (2, 5), (6, 7, 8)]
         assert [each.threads for each in found] == expected
     torch.set_num_threads(8)
-    assert workers.places([cpu, cuda]) == [worker.Place((0, 1, 2, 5, 6, 7, 8), 7), worker.Place((), 4)]
+    assert workers.places([cpu, cuda]) == [worker.Place((0, 1, 2, 5, 6, 7, 8), 7, 0), worker.Place((), 4, 2)]
 
 
 SCRIPT = """
