@@ -66,7 +66,7 @@ def on_cuda(encoder: Encoder) -> bool:
 
 def kinds(encoder: Encoder) -> list[Kind]:
     """Short texts, a long one and both together: with nothing asked for, as queries, as documents, and after a prompt that is kept."""
-    tokens = min(LONG, (encoder.max_seq_length or 2 * LONG) // 2)
+    tokens = max(1, min(LONG, (encoder.max_seq_length or 2 * LONG) // 2))
     long = pieces(encoder, tokens, -(-LONG // tokens))
     texts = ([SHORT[0]], long[:1], [*SHORT, *long])
     return [(each, arguments) for arguments in calls(encoder) for each in texts]

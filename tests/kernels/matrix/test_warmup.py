@@ -42,7 +42,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Variants:
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         constant = self.fn.__annotations__
-        free = self.kwargs.get("do_not_specialize", ()) if INTERPRETED else self.do_not_specialize or ()
+        free = (self.kwargs["do_not_specialize"] if INTERPRETED else self.do_not_specialize) or ()
         given = {**dict(zip(self.arg_names, args, strict=False)), **{name: x for name, x in kwargs.items() if name not in HOSTS}}
         told = [(name, of_argument(name, x, name in constant or name not in self.arg_names, name in free)) for name, x in given.items()]
         seen.add((self.fn.__name__, *sorted(told, key=str)))
