@@ -12,6 +12,7 @@ docstrings of Python's library, which are the texts. Cases, the most telling fir
              the packed PyTorch peer with and without torch.compile, each at the best of its settings, in turns
     latency  one text of 10, 80, 512, 8192 tokens
     modes    ours without CUDA graphs, on one stream, and with deterministic=True; whether a text alone has the bits it has in a batch
+    first embedding   in a new process with nothing compiled, and in the next one
     memory   while loading, of one batch, of many, over 1,000 small ones
     head     NV-Embed's head beside the trunk
 
@@ -64,6 +65,7 @@ CASES: dict[str, Make] = dict(
         ("0.6B linear", partial(linear, shape="0.6B")),
         raced("S128", "0.6B"),
         ("0.6B latency", partial(gpu_cases.latency, shape="0.6B")),
+        ("0.6B first embedding", partial(gpu_cases.first, shape="0.6B")),
         raced("W1", "0.6B"),
         ("0.6B modes", partial(gpu_modes.modes, shape="0.6B")),
         raced("W2", "0.6B"),

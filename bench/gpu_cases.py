@@ -1,4 +1,4 @@
-"""What bench/gpu.py runs for a model shape: the gate, races on the workloads, latencies, memory, NV-Embed's head beside its trunk."""
+"""What bench/gpu.py runs for a model shape: the gate, races on the workloads, latencies, first embedding, memory, NV-Embed's head."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import gemm
 import numpy as np
 import torch
+from first_embedding import cold_and_warm
 from gpu_ceilings import clocks
 from gpu_models import OURS, Bench
 from gpu_peers import Packed, Sentences
@@ -237,6 +238,14 @@ def latency(bench: Bench, shape: str) -> dict[str, Any]:
             row["on the device"] = device_times(lambda ids=ids: ours.encode([ids[0]]), 20)
         found[str(tokens)] = row
     return {"layers": ours.spec.model.num_layers, "milliseconds": found, "failed": failed}
+
+
+def first(bench: Bench, shape: str) -> dict[str, Any]:
+    """Seconds to the first embedding in a new process that finds nothing compiled, and in later ones."""
+    bench.passed(shape)
+    settings = {"device": bench.device, "dtype": "bfloat16", "backend": bench.settings.backend, "max_seq_length": bench.largest}
+    found = cold_and_warm(bench.directory(shape), settings, bench.rounds, bench.settings.case)
+    return {"layers": bench.ours(shape).spec.model.num_layers} | found
 
 
 def memory(bench: Bench, shape: str) -> dict[str, Any]:

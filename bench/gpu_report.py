@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from first_embedding import line
 from gpu_cases import COMPILED, FP8, IDS, PACKED, SENTENCES, TEXT
 from gpu_models import SHAPES
 from measure import target
@@ -56,6 +57,11 @@ def lines(name: str, case: dict[str, Any]) -> Iterator[str]:
             f"{name:12s} deterministic: {same['alone']} of {same['texts']} texts have the same bits alone, {same['reversed']} in the other "
             f"order; {graphs['recorded']} graphs up to {graphs['tokens']} tokens, {case['streams']} streams"
         )
+    elif "warm" in case:
+        compiled = f"{case['compiled']} kernels and launchers compiled, {case['compiled_by_the_next']} by the next process"
+        yield f"{name:12s} {compiled} ({case['layers']} layers)"
+        yield line("cold", [case["cold"]])
+        yield line(f"warm, {len(case['warm'])} processes", case["warm"])
     elif "growth" in case:
         mega = {
             key: value / 2**20 for key, value in (case | case["beyond_loaded"] | case["growth"]).items() if isinstance(value, int | float)

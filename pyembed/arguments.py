@@ -1,9 +1,105 @@
-"""Options that several commands share."""
+"""The arguments of the command line."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import pyembed
+from pyembed.output import FORMATS, STORED
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with INPUT and QUERY also after options, where argparse no longer takes what may be absent."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    plain = not any(word.startswith("-") and word != "-" for word in rest)
+    name = {"encode": "input", "info": "model", "verify": "model"}.get(args.command, "")
+    if plain and args.command == "search":
+        args.query += rest
+    elif plain and len(rest) == 1 and getattr(args, name, "given") in ("-", None):
+        setattr(args, name, rest[0])
+    elif rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="pyembed", description="Text to vectors with LLM embedding models.")
+    top.add_argument("--version", action="version", version=f"pyembed {pyembed.__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+
+    one = commands.add_parser(
+        "encode",
+        help="texts of a file or pipe to a file of vectors",
+        description="Write the vector of each text. While it runs the file is OUT.partial; interrupted, that holds the rows so far.",
+    )
+    one.add_argument("model", metavar="MODEL", help="folder or hub id")
+    one.add_argument("input", metavar="INPUT", nargs="?", default="-", help="a file; - or nothing: standard input")
+    formats = f"the vectors: {', '.join(FORMATS)}; safetensors holds one tensor, embeddings; .jsonl one {{\"embedding\": [...]}} a line"
+    one.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help=formats)
+    one.add_argument("--overwrite", action="store_true", help="replace OUT and OUT.partial")
+    one.add_argument("--prompt", help="put this before each text")
+    one.add_argument("--prompt-name", help="put the model's prompt of this name before each text")
+    one.add_argument("--normalize", action="store_true", help="divide each vector by its length")
+    one.add_argument("--precision", choices=tuple(STORED), default="float32", help="of what is written; int8 and uint8 need --ranges")
+    one.add_argument("--ranges", type=Path, metavar="FILE.npy", help="least and largest value of each dimension, [2, dim]")
+    input_options(one)
+    model_options(one)
+
+    two = commands.add_parser(
+        "search",
+        help="the texts of a file that are nearest to a query",
+        description="Embed the texts of a file and answer queries with the nearest ones; without a query, ask for some.",
+    )
+    two.add_argument("model", metavar="MODEL", help="folder or hub id")
+    two.add_argument("corpus", metavar="CORPUS", help="a file; JSONL may name its texts by title or id")
+    two.add_argument("query", metavar="QUERY", nargs="*")
+    two.add_argument("-k", type=positive, default=5, help="answers to a query (%(default)s)")
+    two.add_argument("--index", type=Path, metavar="FILE.npy", help="where the corpus's vectors are, or will be the next time")
+    input_options(two)
+    model_options(two)
+
+    three = commands.add_parser(
+        "info",
+        help="what is detected of a model and from which file; without a model, what is supported",
+        description="What is detected of a model and from which file. Without MODEL: the architectures and recipes there are.",
+    )
+    three.add_argument("model", metavar="MODEL", nargs="?", help="folder or hub id")
+    model_options(three)
+
+    four = commands.add_parser(
+        "verify",
+        help="whether a model gives the vectors it should; without a model, which have published numbers",
+        description="Probe a model, hold it against numbers published for it, and against its own implementation where that is installed. "
+        "Without MODEL: the models with published numbers. Exit code 1: a check failed; 3: what --against names could not be checked.",
+    )
+    four.add_argument("model", metavar="MODEL", nargs="?", help="folder or hub id")
+    against = "only this: the model's own implementation, or published numbers; by default both, and probes"
+    four.add_argument("--against", choices=("transformers", "card"), help=against)
+    four.add_argument("--as", dest="as_id", metavar="HUB_ID", help="what a folder is a copy of: its recipe and its published numbers")
+    model_options(four)
+    four.set_defaults(dtype="float32", tokens_per_batch=None)
+
+    five = commands.add_parser(
+        "warmup",
+        help="compile what a model needs, and say how long that took",
+        description="Load a model and run batches of every kind: on CUDA that compiles its kernels, which the next process then finds.",
+    )
+    five.add_argument("model", metavar="MODEL", help="folder or hub id")
+    model_options(five)
+    five.set_defaults(tokens_per_batch=None)
+
+    six = commands.add_parser(
+        "convert",
+        help="a folder with pickled weights (.bin) to safetensors",
+        description="Write the weights of a .bin repository as safetensors.",
+    )
+    six.add_argument("directory", metavar="DIR", type=Path)
+    six.add_argument("-o", "--output", metavar="OUT", type=Path, help="a new folder to write to; by default beside the .bin")
+    return top
 
 
 def input_options(command: argparse.ArgumentParser) -> None:
@@ -28,6 +124,8 @@ def model_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--device", type=devices, help="cpu, cuda, cuda:1, or several: cuda:0,cuda:1; by default CUDA where there is one")
     dtypes = ("auto", "float32", "bfloat16", "float16", "int8", "fp8")
     group.add_argument("--dtype", choices=dtypes, default="auto", help="of the model (%(default)s); int8 on a CPU, fp8 on CUDA alone")
+    backend = "kernels: pyembed's own; reference: plain PyTorch; by default the kernels where they have been seen to run: on CPUs"
+    group.add_argument("--backend", choices=("kernels", "reference"), help=backend)
     group.add_argument("--recipe", help="how a model is used whose files do not say so; `pyembed info` lists them")
     group.add_argument("--template", help="a method without training for any causal LM, such as prompteol; or a text with {text} in it")
     group.add_argument("--instruction", help="the task that the model's prompt names, in models that take one")

@@ -1,4 +1,4 @@
-"""The command line: pyembed encode | search | info | verify | convert. Commands import what they need, so that help comes at once."""
+"""The command line: pyembed encode | search | info | verify | warmup | convert. Commands import what they need, so help comes at once."""
 
 from __future__ import annotations
 
@@ -10,22 +10,20 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyembed
 from pyembed import lines
-from pyembed.arguments import input_options, model_options, positive, recipe_arguments
-from pyembed.output import FORMATS, Output, check_path, partial
+from pyembed.arguments import parse, recipe_arguments
+from pyembed.compiler import NoCompiler
+from pyembed.output import STORED, Output, check_path, partial
 
 if TYPE_CHECKING:
     from pyembed.encoder import Encoder
     from pyembed.job import Stats
 
-EXPECTED = (KeyboardInterrupt, ValueError, TypeError, OSError, MemoryError)  # everything else is a bug and shows its traceback
-STORED = {"float32": "float32", "int8": "int8", "uint8": "uint8", "binary": "int8", "ubinary": "uint8"}  # precision -> dtype of the file
+EXPECTED = (KeyboardInterrupt, ValueError, TypeError, OSError, MemoryError, NoCompiler)  # everything else is a bug and shows its traceback
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, stop)
     code = 0
     try:
-        code = args.run(args) or 0
+        code = COMMANDS[args.command](args) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -182,10 +180,29 @@ def verify(args: argparse.Namespace) -> int:
     return verify.exit_code(found, args.against)
 
 
+def warmup(args: argparse.Namespace) -> None:
+    start = time.perf_counter()  # torch is imported below
+    from pyembed import warmup
+    from pyembed.options import choose_devices
+
+    with unwarned():
+        print(warmup.report(lambda: load(args), choose_devices(args.device), args.backend, start))
+
+
 def convert(args: argparse.Namespace) -> None:
     from pyembed.convert import convert
 
     print(convert(args.directory, args.output))
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "encode": encode,
+    "search": search,
+    "info": info,
+    "verify": verify,
+    "warmup": warmup,
+    "convert": convert,
+}
 
 
 # What commands share
@@ -208,6 +225,7 @@ def load(args: argparse.Namespace) -> Encoder:
         truncate_dim=args.truncate_dim,
         max_seq_length=args.max_seq_length,
         tokens_per_batch=args.tokens_per_batch,
+        backend=args.backend,
         revision=args.revision,
         local_files_only=args.offline,
     )
@@ -299,96 +317,6 @@ def unwarned() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-# Arguments
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, with INPUT and QUERY also after options, where argparse no longer takes what may be absent."""
-    top = parser()
-    args, rest = top.parse_known_args(argv)
-    plain = not any(word.startswith("-") and word != "-" for word in rest)
-    name = {encode: "input", info: "model", verify: "model"}.get(args.run, "")
-    if plain and args.run is search:
-        args.query += rest
-    elif plain and len(rest) == 1 and getattr(args, name, "given") in ("-", None):
-        setattr(args, name, rest[0])
-    elif rest:
-        top.error(f"unrecognized arguments: {' '.join(rest)}")
-    return args
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="pyembed", description="Text to vectors with LLM embedding models.")
-    top.add_argument("--version", action="version", version=f"pyembed {pyembed.__version__}")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-
-    one = commands.add_parser(
-        "encode",
-        help="texts of a file or pipe to a file of vectors",
-        description="Write the vector of each text. While it runs the file is OUT.partial; interrupted, that holds the rows so far.",
-    )
-    one.set_defaults(run=encode)
-    one.add_argument("model", metavar="MODEL", help="folder or hub id")
-    one.add_argument("input", metavar="INPUT", nargs="?", default="-", help="a file; - or nothing: standard input")
-    formats = f"the vectors: {', '.join(FORMATS)}; safetensors holds one tensor, embeddings; .jsonl one {{\"embedding\": [...]}} a line"
-    one.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help=formats)
-    one.add_argument("--overwrite", action="store_true", help="replace OUT and OUT.partial")
-    one.add_argument("--prompt", help="put this before each text")
-    one.add_argument("--prompt-name", help="put the model's prompt of this name before each text")
-    one.add_argument("--normalize", action="store_true", help="divide each vector by its length")
-    one.add_argument("--precision", choices=tuple(STORED), default="float32", help="of what is written; int8 and uint8 need --ranges")
-    one.add_argument("--ranges", type=Path, metavar="FILE.npy", help="least and largest value of each dimension, [2, dim]")
-    input_options(one)
-    model_options(one)
-
-    two = commands.add_parser(
-        "search",
-        help="the texts of a file that are nearest to a query",
-        description="Embed the texts of a file and answer queries with the nearest ones; without a query, ask for some.",
-    )
-    two.set_defaults(run=search)
-    two.add_argument("model", metavar="MODEL", help="folder or hub id")
-    two.add_argument("corpus", metavar="CORPUS", help="a file; JSONL may name its texts by title or id")
-    two.add_argument("query", metavar="QUERY", nargs="*")
-    two.add_argument("-k", type=positive, default=5, help="answers to a query (%(default)s)")
-    two.add_argument("--index", type=Path, metavar="FILE.npy", help="where the corpus's vectors are, or will be the next time")
-    input_options(two)
-    model_options(two)
-
-    three = commands.add_parser(
-        "info",
-        help="what is detected of a model and from which file; without a model, what is supported",
-        description="What is detected of a model and from which file. Without MODEL: the architectures and recipes there are.",
-    )
-    three.set_defaults(run=info)
-    three.add_argument("model", metavar="MODEL", nargs="?", help="folder or hub id")
-    model_options(three)
-
-    four = commands.add_parser(
-        "verify",
-        help="whether a model gives the vectors it should; without a model, which have published numbers",
-        description="Probe a model, hold it against numbers published for it, and against its own implementation where that is installed. "
-        "Without MODEL: the models with published numbers. Exit code 1: a check failed; 3: what --against names could not be checked.",
-    )
-    four.set_defaults(run=verify)
-    four.add_argument("model", metavar="MODEL", nargs="?", help="folder or hub id")
-    against = "only this: the model's own implementation, or published numbers; by default both, and probes"
-    four.add_argument("--against", choices=("transformers", "card"), help=against)
-    four.add_argument("--as", dest="as_id", metavar="HUB_ID", help="what a folder is a copy of: its recipe and its published numbers")
-    model_options(four)
-    four.set_defaults(dtype="float32", tokens_per_batch=None)
-
-    five = commands.add_parser(
-        "convert",
-        help="a folder with pickled weights (.bin) to safetensors",
-        description="Write the weights of a .bin repository as safetensors.",
-    )
-    five.set_defaults(run=convert)
-    five.add_argument("directory", metavar="DIR", type=Path)
-    five.add_argument("-o", "--output", metavar="OUT", type=Path, help="a new folder to write to; by default beside the .bin")
-    return top
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyembed import pickled, planned, prompts, quantize, request, sparse, stack
+from pyembed import pickled, planned, prompts, quantize, request, sparse, stack, warmup
 from pyembed.config import ModelSpec, Output, Template
 from pyembed.info import summary
 from pyembed.job import Input, Stats
@@ -69,7 +69,7 @@ class Encoder:
         share_prefixes: texts of a batch run what they begin with in common once (causal models; docs/throughput.md).
         revision, token, cache_folder, local_files_only: for hub ids, as in huggingface_hub.
 
-    Raises ValueError, TypeError or OSError with a sentence for what cannot be loaded.
+    Raises ValueError, TypeError or OSError with a sentence for what cannot be loaded, RuntimeError where Triton finds no C compiler.
     """
 
     def __init__(
@@ -356,15 +356,8 @@ class Encoder:
         single, texts = as_texts(inputs)
         if single:
             raise TypeError("stream takes an iterable of texts; one text goes to encode.")
-        job = request.job(
-            self,
-            prompt=prompt,
-            prompt_name=prompt_name,
-            examples=examples,
-            batch_size=batch_size,
-            normalize=normalize_embeddings,
-            truncate_dim=truncate_dim,
-        )
+        shape: dict[str, Any] = {"normalize": normalize_embeddings, "truncate_dim": truncate_dim}
+        job = request.job(self, prompt=prompt, prompt_name=prompt_name, examples=examples, batch_size=batch_size, **shape)
         stored = request.storing(self, job, precision, ranges)
         return streamed(self._engine, job, texts, show_progress_bar, known(texts), self.max_seq_length, stored)
 
@@ -389,6 +382,10 @@ class Encoder:
         """What `encode` would run for these texts, batch by batch, to look at or to print. They are tokenised and no more."""
         job = request.job(self, prompt=prompt, prompt_name=prompt_name, batch_size=batch_size, examples=examples)
         return planned.plan(self._engine, job, as_texts(inputs)[1])
+
+    def warmup(self) -> warmup.Warmed:
+        """Run batches of every kind, so that no later call compiles a kernel or meets a first time; how long that took, in seconds."""
+        return warmup.warmup(self)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """Scores [N, M] float32 of two sets of vectors, by the model's similarity function."""

@@ -106,7 +106,7 @@ def describe(args: argparse.Namespace) -> str:
     check_ids(tokenizer, spec)
     devices = choose_devices(args.device)
     dtype = check_dtype(args.dtype) or common_dtype(devices)
-    check_eight_bits(dtype, devices, None)
+    check_eight_bits(dtype, devices, args.backend)
     rows: list[Row] = [("folder", str(found.base), "")]
     rows += [("merged", str(folder), lora.CONFIG) for folder in found.merged]
     rows += of_model(spec, family.name)
@@ -116,7 +116,7 @@ def describe(args: argparse.Namespace) -> str:
         chosen = args.adapter or found.first_task(spec) or "none"
         rows.append(("adapters", f"{', '.join(found.tasks)}; {chosen} of them merged", "adapters/"))
     rows += of_files(found, spec)
-    backends = " + ".join(dict.fromkeys(kernels(ops.select(device)) for device in devices))
+    backends = " + ".join(dict.fromkeys(kernels(ops.select(device, args.backend)) for device in devices))
     rows.append(("runs on", f"{places(devices)} in {dtype_name(dtype)}, kernels: {backends}", ""))
     unchecked = ", and which linear layers stay bfloat16" if dtype in quantising.EIGHT_BITS else ""
     rows.append(("not checked", f"whether every weight fits config.json, and the mask{unchecked}: loading the model does", ""))

@@ -20,6 +20,7 @@ Array = np.ndarray[Any, Any]
 FORMATS = (".npy", ".safetensors", ".jsonl")
 HEADER = {".npy": 128, ".safetensors": 128, ".jsonl": 0}  # bytes; both binary formats pad theirs with spaces
 CHUNK = 1 << 20  # bytes of rows gathered before they are written
+STORED = {"float32": "float32", "int8": "int8", "uint8": "uint8", "binary": "int8", "ubinary": "uint8"}  # precision -> dtype of the file
 SAFETENSORS = {"float32": "F32", "int8": "I8", "uint8": "U8"}
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyembed import heads
 from pyembed.batch import kept_layout, kept_on, laid_out, pack, placed
+from pyembed.compiler import building
 from pyembed.config import ModelSpec
 from pyembed.graphs import Given, Graphs
 from pyembed.model import Weights, forward
@@ -135,7 +136,7 @@ def device_of(model: Loaded, *, share: int = 0) -> Iterator[None]:
             if model.device.type == "cpu":
                 yield
             else:
-                with products(splits=not model.deterministic), torch.cuda.device(model.device):
+                with products(splits=not model.deterministic), torch.cuda.device(model.device), building():
                     yield
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -107,6 +109,44 @@ def test_all_of_it_on_a_cpu(run: Callable[..., Any], monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(gpu, "one", partial(pytest.fail, "a case that is there was run again"))
     assert run("0.6B gate", "7B head")[1]["cases"] == cases
+
+
+def test_the_first_embedding(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import first_embedding
+    from first_embedding import STAGES, process
+
+    monkeypatch.setattr(varlen, "varlen_attn", plain)
+    caches: list[tuple[str, list[str]]] = []
+
+    def watched(code: str, model: Path, settings: dict[str, Any], cache: str, limit: float) -> dict[str, float]:
+        caches.append((cache, sorted(os.listdir(cache))))
+        Path(cache, f"kernel {len(caches)}").touch()  # what a card would leave
+        assert settings["backend"] == "kernels" and limit <= 300
+        return process(code, model, settings, cache, limit)
+
+    monkeypatch.setattr(first_embedding, "process", watched)
+    _, record = run("0.6B gate", "0.6B first", "--case", "300")
+    case = record["cases"]["0.6B first embedding"]
+    assert len(case["warm"]) == 2  # rounds
+    for each in (case["cold"], *case["warm"]):
+        assert set(each) == {"process", *STAGES} and each["process"] > sum(each[stage] for stage in STAGES) > 0
+    assert len({cache for cache, _ in caches}) == 1
+    assert [found for _, found in caches] == [[], ["kernel 1"], ["kernel 1", "kernel 2"]]
+    assert (case["compiled"], case["compiled_by_the_next"]) == (1, 2)
+    told = capsys.readouterr().out
+    assert "0.6B first embedding 1 kernels and launchers compiled, 2 by the next process (2 layers)" in told
+    assert re.search(r"\d s  cold: import torch \d+\.\d\d, .*\n +\d+\.\d\d s  warm, 2 processes: import torch", told)
+
+
+def test_a_new_process_that_fails_or_takes_too_long(tmp_path: Path) -> None:
+    from first_embedding import cold_and_warm, process
+
+    with pytest.raises(RuntimeError, match=r"^a new process failed: ValueError: There is no such model$"):
+        process("raise ValueError('There is no such model')", tmp_path, {}, str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"^a new process had no embedding after 0 s$"):
+        process("import time; time.sleep(60)", tmp_path, {}, str(tmp_path), 0.2)
+    with pytest.raises(RuntimeError, match="no embedding after 0 s"):
+        cold_and_warm(tmp_path, {}, 3, 0.01)
 
 
 def test_a_peer_that_fails_is_named(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -514,7 +514,33 @@ def test_convert(run, minilm, tmp_path):
     assert re.fullmatch(r"pyembed: .*nowhere.*\n", err)
 
 
-@pytest.mark.parametrize("command", ["", "encode", "search", "info", "convert"])
+@pytest.mark.parametrize("device", ["cpu", "cpu,cpu"])
+def test_warmup(run, minilm, device):
+    code, out, err = run("warmup", minilm, "--device", device, "--dtype", "float32", "--backend", "reference", "--offline")
+    assert (code, err) == (0, "")
+    for line in (
+        r"^runs on +cpu( x 2 \(worker processes\))? in float32, kernels: reference$",
+        r"^load +\d+\.\d\d s  with what is imported$",
+        r"^first embedding +\d+\.\d\d s  \d+\.\d\d s after the start$",
+        r"^other batches +\d+\.\d\d s  of 3 kinds$",
+        r"^once more +\d+\.\d\d s$",
+        r"^next process +finds nothing: what oneDNN builds ",
+    ):
+        assert re.search(line, out, re.MULTILINE), out
+    assert run("warmup")[0] == 2
+    assert "no CUDA" in (err := run("warmup", minilm, "--device", "cuda")[2]) or "0 CUDA devices" in err
+
+
+def test_the_backend_reaches_the_encoder(run, minilm):
+    for backend in ("kernels", "reference"):
+        out = run("info", minilm, "--device", "cpu", "--backend", backend)[1]
+        assert ("kernels: reference" in out) == (backend == "reference")
+    code, _, err = run("encode", minilm, "-o", "out.npy", "--dtype", "float16", "--device", "cpu", "--backend", "kernels", stdin=b"a\n")
+    assert code == 2
+    assert "on a CPU there are none for float16" in err
+
+
+@pytest.mark.parametrize("command", ["", "encode", "search", "info", "verify", "warmup", "convert"])
 def test_help(run, command):
     code, out, _ = run(*command.split(), "--help")
     assert code == 0

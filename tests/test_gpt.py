@@ -603,7 +603,7 @@ def test_info_says_what_the_axes_are(checkpoint: Directory, name: str, rows: tup
     args = argparse.Namespace(
         model=str(checkpoint(name)), recipe=None, template=None, instruction=None, pooling=None, causal=None, truncate_dim=None,
         max_seq_length=None,
-        device="cpu", dtype="auto", revision=None, offline=True, adapters=(), adapter=None,
+        device="cpu", dtype="auto", revision=None, offline=True, adapters=(), adapter=None, backend=None,
     )  # fmt: skip
     table = info.describe(args)
     for row in rows:

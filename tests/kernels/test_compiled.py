@@ -33,11 +33,16 @@ OLDER = Path(sys.prefix) / "triton-3.6"  # where make puts the Triton of torch 2
 VERSIONS = ["installed", pytest.param("3.6", marks=pytest.mark.skipif(not OLDER.exists(), reason="`make test` installs Triton 3.6"))]
 
 
+def older(version: str) -> dict[str, str]:
+    """The environment in which a process has that version of Triton."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(OLDER), os.environ.get("PYTHONPATH")]))} if version == "3.6" else {}
+
+
 @pytest.fixture(scope="module", params=VERSIONS)
 def compilers(request: pytest.FixtureRequest) -> Iterator[dict[int, subprocess.Popen[str]]]:
     """A process for each compute capability, all at once, with one version of Triton."""
     command = [sys.executable, "-W", "ignore", str(AHEAD)]
-    env = {**os.environ, "PYTHONPATH": str(OLDER)} if request.param == "3.6" else None
+    env = {**os.environ, **older(request.param)}
     given: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
     started = {each: subprocess.Popen([*command, str(each)], **given) for each in SHARED}
     yield started

@@ -12,40 +12,13 @@ from typing import Any
 import checkpoints
 import numpy as np
 import pytest
-import torch
 from test_latent import directory, mistral  # noqa: F401 - fixtures
 
-from pyembed import Encoder, graphs, ops
-from pyembed.graphs import Graphs
-from pyembed.ops import cuda
-from pyembed.ops.budget import Budget
+from pyembed import Encoder, graphs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LIMIT = 256  # tokens of a batch that is replayed
 Make = Callable[..., Encoder]
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Make:
-    """An encoder whose small batches are replayed from graphs, on the card, or interpreted from tapes."""
-    torch.set_default_device(None)
-    if INTERPRETED:
-        monkeypatch.setattr(ops, "select", lambda device, backend=None: cuda if backend == "kernels" else ops.reference)
-    budget = Budget(1024, graphs=LIMIT, streams=1)
-    monkeypatch.setattr(cuda, "budget", lambda config, dtype, device: budget)
-
-    def make(model: Path, **given: Any) -> Encoder:
-        given = {"dtype": "float32", "backend": "kernels"} | given
-        encoder = Encoder(model, device="cpu" if INTERPRETED else "cuda", **given)
-        loaded, engine = encoder._loaded, encoder._engine
-        if INTERPRETED:
-            from tape import record
-
-            engine.share = None
-            loaded.graphs = (Graphs(loaded.spec, loaded.weights, loaded.ops, loaded.device, LIMIT, record, loaded.prefixes),)
-        return encoder
-
-    return make
 
 
 def without(encoder: Encoder, texts: list[str], **given: Any) -> np.ndarray:
