@@ -27,7 +27,7 @@ def model_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--adapter", metavar="NAME", help="of a model with adapters to switch between: the one to use")
     group.add_argument("--device", type=devices, help="cpu, cuda, cuda:1, or several: cuda:0,cuda:1; by default CUDA where there is one")
     dtypes = ("auto", "float32", "bfloat16", "float16", "int8", "fp8")
-    group.add_argument("--dtype", choices=dtypes, default="auto", help="of the model (%(default)s); fp8 on CUDA alone")
+    group.add_argument("--dtype", choices=dtypes, default="auto", help="of the model (%(default)s); fp8 on new CUDA cards alone")
     group.add_argument("--recipe", help="how a model is used whose files do not say so; `pyembed info` lists them")
     group.add_argument("--template", help="a method without training for any causal LM, such as prompteol; or a text with {text} in it")
     group.add_argument("--instruction", help="the task that the model's prompt names, in models that take one")
