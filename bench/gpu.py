@@ -9,7 +9,8 @@ docstrings of Python's library, which are the texts. Cases, the most telling fir
     gate     cosines of our vectors to the float32 reference on ragged texts; without it nothing of that shape is timed
     linear   the model's own linear layers and nothing else: the ceiling
     S128 W1 W1i W2 W3 W4 W5   workloads (bench/gpu_work.py) from ids and from text: ours, sentence-transformers in bfloat16 with SDPA, and
-             the packed PyTorch peer with and without torch.compile, each at the best of its settings, in turns
+             the packed PyTorch peer with and without torch.compile, each at the best of its settings, in turns; in S128 also ours in
+             eight bits
     latency  one text of 10, 80, 512, 8192 tokens
     modes    ours without CUDA graphs, on one stream, and with deterministic=True; whether a text alone has the bits it has in a batch
     first embedding   in a new process with nothing compiled, and in the next one

@@ -24,7 +24,8 @@ from pyembed.latent import Latent, attend
 from pyembed.linear import linear
 from pyembed.ops import Norm
 
-IDS, TEXT, FP8 = f"{OURS}, ids", f"{OURS}, text", f"{OURS} fp8, ids"
+IDS, TEXT = f"{OURS}, ids", f"{OURS}, text"
+FP8, INT8 = f"{OURS} fp8, ids", f"{OURS} int8, ids"
 PACKED, COMPILED, SENTENCES = "packed varlen_attn, ids", "packed varlen_attn compiled, ids", "sentence-transformers, text"
 LOOSE = 0.98  # mean cosine to ours below which a peer computes something else
 GATED = (1, 2, 3, 5, 8, 10, 13, 17, 24, 31, 40, 64, 65, 100, 128, 129, 200, 300, 512, 700, 1025, 2048)  # tokens
@@ -91,9 +92,9 @@ def race(bench: Bench, shape: str, name: str) -> dict[str, Any]:
         settings[SENTENCES] = {"best": best.settings, "searched": best.searched}
         return lambda: in_requests(best.encode, work.texts, work.request)
 
-    def fp8() -> Callable[[], Any]:
-        other, checked = bench.ours(shape, "fp8"), gate(bench, shape, "fp8")
-        settings[FP8] = {"cosines": checked["cosines"][OURS]}
+    def eight_bits(label: str, dtype: str) -> Callable[[], Any]:
+        other, checked = bench.ours(shape, dtype), gate(bench, shape, dtype)
+        settings[label] = {"cosines": checked["cosines"][OURS]}
         if "error" in checked:
             raise RuntimeError(checked["error"])
         return lambda: in_requests(other.encode, work.ids, work.request)
@@ -114,7 +115,8 @@ def race(bench: Bench, shape: str, name: str) -> dict[str, Any]:
         add(COMPILED, lambda: packed(True))
     if name == "S128":
         members[f"{IDS}{AGAIN}"] = members[IDS]
-        add(FP8, fp8)
+        for label, dtype in ((FP8, "fp8"), (INT8, "int8")):
+            add(label, partial(eight_bits, label, dtype))
     agreement = {}
     for label in [each for each in vectors if each != IDS]:
         found = cosines(vectors[label], vectors[IDS])

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from first_embedding import line
-from gpu_cases import COMPILED, FP8, IDS, PACKED, SENTENCES, TEXT
+from gpu_cases import COMPILED, FP8, IDS, INT8, PACKED, SENTENCES, TEXT
 from gpu_models import SHAPES
 from measure import target
 
 Verdict = dict[str, Any] | str  # a target, or a sentence on why it is not known whether it is met
-SHORT = {TEXT: "text", PACKED: "packed", COMPILED: "packed compiled", SENTENCES: "s-t", FP8: "fp8"}
+SHORT = {TEXT: "text", PACKED: "packed", COMPILED: "packed compiled", SENTENCES: "s-t", FP8: "fp8", INT8: "int8"}
 SAME_MEMORY = 1.1  # times one batch's that many batches may take
 CREEP = 2 << 20  # bytes, the least that torch's allocator takes from the driver
 

@@ -1,10 +1,11 @@
 """What a dtype costs in quality: vectors beside the same model's in float32, on real texts.
 
-    python bench/quality.py MODEL CORPUS.jsonl [--texts 2000] [--dtypes bfloat16 int8 fp8] [--threads 2] [-o bench/results/NAME.json]
+    python bench/quality.py MODEL CORPUS.jsonl [--texts 2000] [--dtypes bfloat16 int8 gpu-int8 fp8] [-o bench/results/NAME.json]
 
 Cosines of each text's two vectors, and top-10 agreement: of the ten texts nearest to a text in float32, the share that is also among its
 ten nearest in the dtype. For int8 and fp8 also the error of each linear layer on the probe (pyembed/quantising.py) and which layers stayed
-bfloat16; for int8 how often the plain PyTorch product was called: 0 where kernels multiply. fp8 is plain PyTorch on a CPU.
+bfloat16; for int8 how often the plain PyTorch product was called: 0 where kernels multiply. fp8 is plain PyTorch on a CPU, and so is
+gpu-int8, the int8 of a CUDA device.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import random
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from pyembed import int8, quantising
 from pyembed.verify import agreement
 
 PERCENTILES = (1, 5, 50)
+GPU_INT8 = "gpu-int8"
 LOADS = 5  # of each dtype, in turns
 
 
@@ -38,6 +41,9 @@ def compared(vectors: np.ndarray, right: np.ndarray) -> dict[str, float]:
 
 
 def loaded(model: str, dtype: str) -> pyembed.Encoder:
+    if dtype == GPU_INT8:
+        with mock.patch.object(quantising, "is_symmetric", return_value=True):
+            return pyembed.Encoder(model, device="cpu", dtype="int8", backend="reference")
     return pyembed.Encoder(model, device="cpu", dtype=dtype, backend="reference" if dtype == "fp8" else None)
 
 

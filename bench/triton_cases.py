@@ -17,21 +17,22 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from pyembed.kernels.activation import geglu, swiglu
+from pyembed.kernels.activation import geglu, quantised, swiglu
 from pyembed.kernels.attention import attention, schedule
 from pyembed.kernels.embed import embed
 from pyembed.kernels.latent_attention import latent_attention
 from pyembed.kernels.layer_norm import layer_norm
 from pyembed.kernels.pool import pool
 from pyembed.kernels.qk_norm_rope import qk_norm_rope
+from pyembed.kernels.rescaled import rescaled
 from pyembed.kernels.rms_norm import rms_norm
 from pyembed.kernels.tiles import SHORT
-from pyembed.ops import Norm, reference
+from pyembed.ops import Norm, Quantised, reference
 
 OURS, COMPILED = "ours", "torch.compile"
 GATE = 4096  # rows of a result that are compared
 SHARE = 0.9  # of the copy's rate, which these are to reach
-BOUND = ("rms_norm", "layer_norm", "qk_norm_rope", "swiglu", "pool")
+BOUND = ("rms_norm", "layer_norm", "qk_norm_rope", "swiglu", "pool", "rescaled", "quantised")
 Wide = Callable[[Tensor], Tensor]
 
 
@@ -205,6 +206,44 @@ def latent_case(shape: Shape, device: str, dtype: torch.dtype, compiled: Any) ->
     }
 
 
+def rescaled_case(shape: Shape, device: str, dtype: torch.dtype, compiled: Any) -> dict[str, Any]:
+    """Behind the widest product of a model."""
+    outputs = 2 * shape.inner
+    product = torch.randint(-(10**6), 10**6, (shape.tokens, outputs), dtype=torch.int32, device=device)
+    rows, scales = torch.rand(shape.tokens, device=device) + 0.1, torch.rand(outputs, device=device) * 1e-5
+    bias = torch.randn(outputs, device=device).bfloat16()
+
+    return {
+        "given": (product, rows),
+        "members": {
+            OURS: Member(lambda product, rows: rescaled(product, rows, scales, bias)),
+            "torch.addcmul": Member(lambda product, rows: torch.addcmul(bias.float(), product.float(), rows[:, None] * scales).bfloat16()),
+            COMPILED: Member(compiled(lambda product, rows: reference.rescaled(product, rows, scales, bias))),
+        },
+        "oracle": lambda wide: reference.rescaled(product[:GATE], wide(rows[:GATE]), wide(scales), bias),
+        "bytes": 6 * product.numel() + 4 * shape.tokens + 6 * outputs,
+    }
+
+
+def quantised_case(shape: Shape, device: str, dtype: torch.dtype, compiled: Any) -> dict[str, Any]:
+    """Held against the rows themselves: what eight bits lose is the error."""
+    x = torch.randn(shape.tokens, shape.hidden, device=device).to(dtype)
+
+    def read(y: Quantised) -> Tensor:
+        return y.values.float() * y.scale[:, None]
+
+    return {
+        "given": (x,),
+        "members": {
+            OURS: Member(lambda x: quantised(x, "int8"), read),
+            "plain PyTorch": Member(lambda x: reference.quantised(x, "int8"), read),
+            COMPILED: Member(compiled(lambda x: reference.quantised(x, "int8")), read),
+        },
+        "oracle": lambda wide: y if (y := wide(x[:GATE])).dtype is torch.float64 else read(reference.quantised(y, "int8")),
+        "bytes": x.nbytes + x.numel() + 4 * shape.tokens,
+    }
+
+
 ROWS: dict[str, Callable[..., dict[str, Any]]] = {
     "rms_norm": partial(norm_case, "rms_norm"),
     "layer_norm": partial(norm_case, "layer_norm"),
@@ -214,6 +253,8 @@ ROWS: dict[str, Callable[..., dict[str, Any]]] = {
     "pool": pool_case,
     "embed": embed_case,
     "latent_attention": latent_case,
+    "rescaled": rescaled_case,
+    "quantised": quantised_case,
 }
 
 

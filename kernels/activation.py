@@ -1,4 +1,5 @@
-"""swiglu (arXiv 2002.05202), geglu and gelu (arXiv 1606.08415). Same contracts as reference.swiglu, geglu, gelu.
+"""swiglu (arXiv 2002.05202), geglu, gelu (arXiv 1606.08415), and rows in eight bits as they are. Same contracts as reference.swiglu, geglu,
+gelu, quantised.
 
     silu(x) = x / (1 + exp(-x));  gelu(x) = x / 2 * (1 + erf(x / sqrt(2)))
     by tanh: x / 2 * (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + 0.044715 x^3)
@@ -6,7 +7,8 @@
 The gated ones multiply by the other half of a merged projection [gate | up]. Float32 inside, one rounding at the end; then to eight bits
 where they are asked for.
 
-Bytes of a number of the result, in a dtype of b bytes: 3 b gated, 2 b plain; 2 b + 1 and b + 1 in eight bits. FLOPs: about 10 to 30.
+Bytes of a number of the result, in a dtype of b bytes: 3 b gated, 2 b plain; 2 b + 1 and b + 1 in eight bits. FLOPs: about 10 to 30, 6 of
+`quantised`.
 Bound by memory.
 """
 
@@ -18,12 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from pyembed.kernels.checks import activations, check
-from pyembed.kernels.rows import TILES, rows_out, store_rows, tile
+from pyembed.kernels.rows import PIECE, TILES, rows_out, store_rows, tile
 from pyembed.ops import Quant, Quantised
 
-# Without a scale a tile need not hold whole rows: pieces of that many columns. In eight bits: whole rows, wider ones where an activation
-# leaves room in registers, which erf does not. Not measured.
-PIECE = 512
+# In eight bits: whole rows, wider ones where an activation leaves room in registers, which erf does not. Not measured.
 WIDE = (*TILES, (32768, 1, 16))
 
 
@@ -33,6 +33,8 @@ def activated(x, KIND: tl.constexpr):
         y = x / (1.0 + tl.exp(-x))
     elif KIND == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif KIND == "none":
+        y = x
     else:
         tl.static_assert(KIND == "gelu_tanh")
         y = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
@@ -84,3 +86,10 @@ def geglu(x: Tensor, *, tanh: bool, quant: Quant | None = None) -> Tensor | Quan
 def gelu(x: Tensor, *, tanh: bool, quant: Quant | None = None) -> Tensor | Quantised:
     """[T, F] -> [T, F]."""
     return _activation("gelu_tanh" if tanh else "gelu", x, False, quant)
+
+
+def quantised(x: Tensor, quant: Quant) -> Quantised:
+    """[T, D] -> [T, D]."""
+    result = _activation("none", x, False, quant)
+    assert isinstance(result, Quantised)
+    return result

@@ -15,6 +15,7 @@ from pyembed.ops import Quant, Quantised
 
 # A tile: columns (a row is at most that wide), rows, warps. For all dtypes, since the arithmetic is float32: 16 or 32 numbers a thread.
 # Not measured.
+PIECE = 512  # columns of a tile that need not hold whole rows
 TILES = ((256, 8, 4), (512, 4, 4), (1024, 2, 4), (2048, 1, 4), (4096, 1, 8), (8192, 1, 8), (16384, 1, 16))
 
 

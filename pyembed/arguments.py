@@ -123,7 +123,7 @@ def model_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--adapter", metavar="NAME", help="of a model with adapters to switch between: the one to use")
     group.add_argument("--device", type=devices, help="cpu, cuda, cuda:1, or several: cuda:0,cuda:1; by default CUDA where there is one")
     dtypes = ("auto", "float32", "bfloat16", "float16", "int8", "fp8")
-    group.add_argument("--dtype", choices=dtypes, default="auto", help="of the model (%(default)s); int8 on a CPU, fp8 on CUDA alone")
+    group.add_argument("--dtype", choices=dtypes, default="auto", help="of the model (%(default)s); fp8 on new CUDA cards alone")
     backend = "kernels: pyembed's own; reference: plain PyTorch; by default the kernels where they have been seen to run: on CPUs"
     group.add_argument("--backend", choices=("kernels", "reference"), help=backend)
     group.add_argument("--recipe", help="how a model is used whose files do not say so; `pyembed info` lists them")

@@ -1,4 +1,5 @@
 """Linear layers in int8 on a CPU: weights per output channel, activations per token, in plain PyTorch. The oracle of the kernel's tests.
+A GPU's int8 is symmetric.py.
 
     rows:     lo = min(0, min x), hi = max(0, max x), range = max(hi - lo, TINY); inverse = 255 / range, scale = range / 255
               zero = round(-lo * inverse); q = clamp(round(x * inverse) + zero, 0, 255), so that x is about (q - zero) * scale
@@ -25,6 +26,7 @@ from pyembed.ops import Quantised
 TINY = 1e-30  # least range of a row: one of zeros is exact, and nothing is divided by zero
 LEVELS, LARGEST = 255, 127  # of activations, uint8; of weights, int8
 MOST_INPUTS = (2**31 - 1) // (LEVELS * LARGEST)  # beyond it a sum of products may not fit into int32
+TOO_FEW = 16  # rows of a product: on CUDA torch._int_mm takes more than that
 CHUNK = 1 << 18  # weights that are quantised at a time, so that they stay in the cache
 
 
@@ -100,11 +102,19 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def exact_product(q: Tensor, values: Tensor, sums: Tensor) -> Tensor:
-    """q [T, I] uint8 times values [O, I] int8, transposed: [T, O] int32. `sums` [O] are those of the rows of `values`.
+    """q [T, I] uint8 times values [O, I] int8, transposed: [T, O] int32. `sums` [O] are those of the rows of `values`."""
+    return signed_product((q ^ 128).view(torch.int8), values) + 128 * sums  # of q - 128
 
-    With VNNI oneDNN's product of signed bytes is exact; without, its sums of two products saturate at 16 bits, and float64 serves.
+
+def signed_product(rows: Tensor, values: Tensor) -> Tensor:
+    """rows [T, I] int8 times values [O, I] int8, transposed: [T, O] int32, contiguous. Exact. On CUDA I and O must be multiples of 8.
+
+    On a CPU with VNNI oneDNN's product is exact; without, its sums of two products saturate at 16 bits, and float64 serves. On CUDA torch
+    takes no fewer rows than 17: those that are missing are zeros, 32 in all.
     """
-    if torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available():
-        signed = (q ^ 128).view(torch.int8)  # q - 128
-        return torch._int_mm(signed, values.T) + 128 * sums
-    return (q.double() @ values.double().T).int()
+    if not rows.is_cuda and not (torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()):
+        return (rows.double() @ values.double().T).int()
+    count = rows.shape[0]
+    if count <= TOO_FEW:
+        rows = F.pad(rows, (0, 0, 0, 32 - count))
+    return torch._int_mm(rows, values.T)[:count]

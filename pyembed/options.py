@@ -25,7 +25,7 @@ OVERRULED = (
     *("include_prompt", "causal", "full_attention", "normalize", "instruction", "prompts", "default_prompt_name", "output", "drop_layers"),
 )
 Device = str | torch.device
-FP8_CARDS = (8, 9)  # the oldest compute capability that multiplies fp8
+FP8_CARDS, INT8_CARDS = (8, 9), (8, 0)  # the oldest compute capability that multiplies fp8; int8, beside layers in bfloat16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
@@ -79,21 +79,24 @@ def dtype_name(dtype: str | torch.dtype) -> str:
 
 
 def check_eight_bits(dtype: torch.dtype, devices: Sequence[torch.device], backend: Backend | None) -> None:
-    """ValueError for a dtype of eight bits on a device that cannot run it."""
+    """ValueError for a dtype of eight bits on a device that cannot run it, and for int8 on devices that compute it in two ways."""
+    if dtype not in (torch.int8, torch.float8_e4m3fn):
+        return
+    if dtype == torch.int8 and len({device.type for device in devices}) > 1:
+        listed = ", ".join(map(str, devices))
+        raise ValueError(f"dtype is 'int8' and device {listed}; a CPU's int8 is not a GPU's. Use devices of one kind, or dtype='bfloat16'.")
+    least = FP8_CARDS if dtype == torch.float8_e4m3fn else INT8_CARDS
     for device in devices:
-        if dtype == torch.int8 and device.type != "cpu":
-            raise ValueError(f"dtype is 'int8' and device {str(device)!r}; int8 runs on a CPU alone. Use dtype='bfloat16' or device='cpu'.")
-        if dtype != torch.float8_e4m3fn:
-            continue
-        if device.type == "cpu" and backend != "reference":
+        if dtype == torch.float8_e4m3fn and device.type == "cpu" and backend != "reference":
             raise ValueError(
                 "dtype is 'fp8' and device 'cpu', where only plain PyTorch computes it, slowly, to show its numbers: backend='reference' "
                 "takes that. Use dtype='int8' or 'bfloat16' to work on a CPU."
             )
-        if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < FP8_CARDS:
+        if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < least:
+            instead = "Use dtype='int8' or 'bfloat16'." if capability >= INT8_CARDS else "No eight bits run there; use dtype='float32'."
             raise ValueError(
-                f"dtype is 'fp8', which needs compute capability {at(FP8_CARDS)} or newer, but {device} has {at(capability)}. "
-                "Use dtype='bfloat16'."
+                f"dtype is {dtype_name(dtype)!r}, which needs compute capability {at(least)} or newer, but {device} has {at(capability)}. "
+                + instead
             )
 
 

@@ -6,8 +6,9 @@ output in eight bits, y in bfloat16, and m the median of y over the tokens, outp
 tells one token from another. m counts because a few huge activations that are the same for all tokens ("massive activations") fill the
 range of the eight bits and yet say nothing; beside their part of y, which is as huge, what is lost would look small.
 
-Above LIMIT a layer stays bfloat16. docs/int8.md has the measurements behind that number. So does in fp8 a layer that `fp8` does not take,
-and attention's output projection, whose rows hold all heads under one scale; it is never tried and not counted.
+Above LIMIT a layer stays bfloat16. docs/int8.md has the measurements behind that number. A CPU's int8 is int8.py; fp8 and a GPU's int8 are
+symmetric.py, and a layer that `symmetric` does not take stays bfloat16 too. So does in fp8 attention's output projection, whose rows hold
+all heads under one scale; it is never tried and not counted. In int8 it is a layer like any other (docs/int8.md).
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from torch import Tensor
 
 from pyembed.batch import pack
 from pyembed.blocks import Layer, PerLayer
-from pyembed.fp8 import fp8
 from pyembed.int8 import Int8, int8
 from pyembed.linear import Input, Linear, Read
 from pyembed.model import Weights, forward
 from pyembed.ops import Ops, Quantised
+from pyembed.symmetric import symmetric
 from pyembed.tensorfile import shorten
 from pyembed.tokenizer import Tokenizer
 
@@ -42,6 +43,11 @@ TEXTS = (
 )
 DISTINCT = 24  # ids that the texts must have; a tokenizer that does not know their words is given as many of its own
 MOST_TOKENS = 128
+
+
+def is_symmetric(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the eight bits of a dtype, one of EIGHT_BITS, are symmetric on a device."""
+    return dtype == torch.float8_e4m3fn or device.type == "cuda"
 
 
 def probe(tokenizer: Tokenizer, vocab_size: int) -> list[np.ndarray]:
@@ -75,7 +81,11 @@ class Trial:
         """x [rows, in_features] bfloat16 to [rows, out_features]."""
         assert act is None and not isinstance(x, Quantised)
         weight, bias = self.read()
-        eight = int8(weight, bias) if self.dtype == torch.int8 else fp8(weight, bias)
+        eight: Linear | None
+        if is_symmetric(self.dtype, weight.device):
+            eight = symmetric(weight, bias, "int8" if self.dtype == torch.int8 else "fp8", self.ops)
+        else:
+            eight = int8(weight, bias)
         right = F.linear(x, weight, bias)
         self.error = math.inf if eight is None else error(eight.apply(x)[: self.tokens].float(), right[: self.tokens].float())
         if eight is None or not self.error <= LIMIT:

@@ -27,7 +27,7 @@ from pyembed.runner import out_of_memory
 Against = Literal["transformers", "card"]
 SHORT = (PROBE, "a", "What is Deep Learning?")
 # Largest distance between a text's vectors in two batches, relative to their length. On a CPU in float32 and bfloat16 there is none.
-BATCH = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3, "fp8": 1e-1}
+BATCH = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3, "int8": 1e-1, "fp8": 1e-1}
 NEAREST = 10
 LEAST = 0.99  # mean cosine of vectors in eight bits and in float32: layers all at the rule's limit leave about 0.993 (docs/int8.md)
 UNIT = 1e-5  # largest distance of a unit vector's length from 1

@@ -77,7 +77,7 @@ def run(corpus: list[str], tmp_path: Path) -> Callable[..., Any]:
 
 def test_all_of_it_on_a_cpu(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import gpu
-    from gpu_cases import FP8, IDS, OURS, PACKED, SENTENCES, TEXT
+    from gpu_cases import FP8, IDS, INT8, OURS, PACKED, SENTENCES, TEXT
 
     monkeypatch.setattr(varlen, "varlen_attn", plain)
     cases = ("gate", "linear", "S128", "latency", "modes", "memory")
@@ -89,9 +89,11 @@ def test_all_of_it_on_a_cpu(run: Callable[..., Any], monkeypatch: pytest.MonkeyP
     for shape in ("0.6B", "7B"):  # plain PyTorch, transformers and ours agree on both shapes
         assert min(cases[f"{shape} gate"]["cosines"][each]["min"] for each in (OURS, PACKED)) > 0.9995
     race = cases["0.6B S128"]
-    assert set(race["results"]) == {IDS, f"{IDS}, again", TEXT, PACKED, SENTENCES}
+    assert set(race["results"]) == {IDS, f"{IDS}, again", TEXT, PACKED, SENTENCES, INT8}
     assert set(race["failed"]) == {FP8}
-    assert min(each["min"] for each in race["cosines_to_ours"].values()) > 0.999
+    assert min(each["min"] for label, each in race["cosines_to_ours"].items() if label != INT8) > 0.999
+    assert 0.985 <= race["settings"][INT8]["cosines"]["min"] < race["cosines_to_ours"][PACKED]["min"]
+    assert " int8 " in told
     ours, ceiling = race["results"][IDS], np.median(race["ceiling"]["flops_per_second"])
     assert ours["tokens_per_second"] == pytest.approx(race["tokens"] / ours["median"])
     assert ours["gemm_share"] == pytest.approx(cases["0.6B linear"]["flops_a_token"] * race["tokens"] / ours["median"] / ceiling)

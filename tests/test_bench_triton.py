@@ -38,6 +38,8 @@ def test_bytes_of_a_case() -> None:
         "pool": 2 * t * d + 4 * (t // 16) * d,
         "embed": 2 * 2 * t * d + 8 * t,
         "latent_attention": 2 * 2 * t * 24 * 3,
+        "rescaled": (4 + 2) * t * 2 * f + 4 * t + (4 + 2) * 2 * f,
+        "quantised": (2 + 1) * t * d + 4 * t,
     }
     assert {op: make(shape, "cpu", torch.bfloat16, lambda f: f)["bytes"] for op, make in ROWS.items()} == expected
 

@@ -7,7 +7,9 @@ import pickle
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import numpy as np
@@ -18,16 +20,16 @@ from safetensors.torch import load_file, save_file
 from test_int8 import outlier_in_bert
 from torch import Tensor
 
-from pyembed import Encoder, fp8, quantising, verify
+from pyembed import Encoder, quantising, symmetric, verify
 from pyembed.cli import main
-from pyembed.fp8 import Fp8
 from pyembed.int8 import int8
 from pyembed.linear import Dense, linear, wanted
-from pyembed.ops import Quantised, reference
+from pyembed.ops import Quant, Quantised, reference
 from pyembed.options import check_dtype, check_eight_bits, cores, dtype_name
+from pyembed.symmetric import Symmetric
 
 LENGTHS = (1, 2, 5, 17, 33, 40, 64, 75)
-CPU, CARD = torch.device("cpu"), torch.device("cuda:0")
+QUANTS: tuple[Quant, ...] = ("fp8", "int8")
 
 
 def data(tokens: int = 37, inputs: int = 96, outputs: int = 48) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,8 +40,8 @@ def data(tokens: int = 37, inputs: int = 96, outputs: int = 48) -> tuple[Tensor,
     return x.bfloat16(), w.bfloat16(), torch.randn(outputs, generator=draw).bfloat16()
 
 
-def made(weight: Tensor, bias: Tensor | None) -> Fp8:
-    layer = fp8.fp8(weight, bias)
+def made(weight: Tensor, bias: Tensor | None, quant: Quant = "fp8") -> Symmetric:
+    layer = symmetric.symmetric(weight, bias, quant, reference)
     assert layer is not None
     return layer
 
@@ -85,7 +87,7 @@ def test_the_arithmetic() -> None:
 
     (q, scale), (values, scales) = transcribed(x), transcribed(w)
     assert np.array_equal(layer.values.float().numpy(), values)
-    assert np.array_equal(layer.scale[0].numpy(), scales)
+    assert np.array_equal(layer.scale.numpy(), scales)
     rows = reference.quantised(x, "fp8")
     assert np.array_equal(rows.values.float().numpy(), q)
     assert np.array_equal(rows.scale.numpy(), scale)
@@ -158,7 +160,7 @@ def test_a_row_has_the_same_bits_in_any_batch() -> None:
 def test_a_weight_is_quantised_in_pieces_like_whole_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     _, w, b = data()
     whole = made(w, b)
-    monkeypatch.setattr(fp8, "CHUNK", 7 * 96 + 1)
+    monkeypatch.setattr(symmetric, "CHUNK", 7 * 96 + 1)
     w_again, b_again = w.clone(), b.clone()
     pieces = made(w_again, b_again)
     w_again.zero_(), b_again.zero_()
@@ -170,8 +172,9 @@ def test_a_weight_is_quantised_in_pieces_like_whole_and_let_go(monkeypatch: pyte
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(40, 32), (32, 40), (31, 33)])
 def test_shapes_that_a_card_does_not_take_are_not_made(outputs: int, inputs: int) -> None:
-    assert fp8.fp8(torch.ones(outputs, inputs), None) is None
-    assert made(torch.ones(48, 16), None).apply(torch.ones(1, 16)).tolist() == [[16.0] * 48]
+    for quant in QUANTS:
+        assert symmetric.symmetric(torch.ones(outputs, inputs), None, quant, reference) is None
+        assert made(torch.ones(48, 16), None, quant).apply(torch.ones(1, 16).bfloat16()).tolist() == [[16.0] * 48]
 
 
 def test_what_layers_want(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +183,7 @@ def test_what_layers_want(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (eight.wants, half.wants, int8(w, None).wants) == ("fp8", None, None)
     assert wanted([eight]) == wanted([eight, eight]) == "fp8"
     assert wanted([half]) is wanted([half, eight]) is wanted([eight, half]) is None
-    monkeypatch.setattr(fp8, "WIDEST", 31)
+    monkeypatch.setattr(symmetric, "WIDEST", 31)
     assert eight.wants is None  # no kernel gives rows so wide
 
 
@@ -188,19 +191,19 @@ def test_what_layers_want(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def layer_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Filled by each Fp8 layer that runs: whether it was given rows in eight bits."""
+    """Filled by each Symmetric layer that runs: whether it was given rows in eight bits."""
     calls: list[bool] = []
-    run = Fp8.apply
+    run = Symmetric.apply
 
-    def seen(self: Fp8, x: Tensor | Quantised, *, act: str | None = None) -> Tensor:
+    def seen(self: Symmetric, x: Tensor | Quantised, *, act: str | None = None) -> Tensor:
         calls.append(isinstance(x, Quantised))
         return run(self, x, act=act)
 
-    monkeypatch.setattr(Fp8, "apply", seen)
+    monkeypatch.setattr(Symmetric, "apply", seen)
     return calls
 
 
-# Of all Fp8 layers, in order: (qkv, up, down), in the last layer (queries, keys and values, up, down).
+# Of all Symmetric layers, in order: (qkv, up, down), in the last layer (queries, keys and values, up, down).
 GIVEN = {
     "llama": [True] * 10,
     "gemma2": [True] * 10,
@@ -222,7 +225,7 @@ def test_the_op_before_makes_the_rows_and_the_bits_are_the_same(
     calls = layer_calls(monkeypatch)
     vectors = encoder.encode(texts)
     assert calls == GIVEN[name]
-    monkeypatch.setattr(Fp8, "wants", None)
+    monkeypatch.setattr(Symmetric, "wants", None)
     del calls[:]
     assert np.array_equal(encoder.encode(texts), vectors)
     assert calls == [False] * 10
@@ -256,7 +259,7 @@ def test_attentions_output_stays_and_the_rest_does_not(checkpoint: Callable[[str
     for layer in encoder._loaded.weights.layers:
         assert isinstance(layer.out, Dense)
         assert layer.out.apply(torch.ones(16, 64).bfloat16()).dtype == torch.bfloat16
-        assert all(isinstance(each, Fp8) for each in (*layer.qkv, layer.up, layer.down))
+        assert all(isinstance(each, Symmetric) for each in (*layer.qkv, layer.up, layer.down))
 
 
 def test_layers_that_a_card_does_not_take_stay(tmp_path: Path) -> None:
@@ -312,11 +315,11 @@ def test_families(name: str, checkpoint: Callable[[str], Path], monkeypatch: pyt
     lost, ours = distance(checkpoint(name), "bfloat16"), distance(checkpoint(name), "fp8")
     assert 5 * lost <= ours <= 20 * lost
 
-    def swapped(weight: Tensor, bias: Tensor | None) -> Fp8:
+    def swapped(weight: Tensor, bias: Tensor | None, *how: Any) -> Symmetric:
         layer = made(weight, bias)
-        return Fp8(layer.values, layer.scale.flip(1), layer.bias)
+        return replace(layer, scale=layer.scale.flip(0))
 
-    monkeypatch.setattr(quantising, "fp8", swapped)
+    monkeypatch.setattr(quantising, "symmetric", swapped)
     assert distance(checkpoint(name), "fp8") >= 1.5 * ours
 
 
@@ -413,9 +416,12 @@ def card(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> lis
 
 def test_old_cards_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_eight_bits(torch.float8_e4m3fn, card(monkeypatch, (8, 9), (9, 0), (12, 0)), None)
-    sentence = r"dtype is 'fp8', which needs compute capability 8\.9 or newer, but cuda:1 has 8\.6\. Use dtype='bfloat16'\."
+    sentence = r"dtype is 'fp8', which needs compute capability 8\.9 or newer, but cuda:1 has 8\.6\. Use dtype='int8' or 'bfloat16'\."
     with pytest.raises(ValueError, match=sentence):
         check_eight_bits(torch.float8_e4m3fn, card(monkeypatch, (9, 0), (8, 6)), None)
+    sentence = r"'fp8', which needs compute capability 8\.9 or newer, but cuda:0 has 7\.5\. No eight bits run there; use dtype='float32'\."
+    with pytest.raises(ValueError, match=sentence):
+        check_eight_bits(torch.float8_e4m3fn, card(monkeypatch, (7, 5)), None)
     check_eight_bits(torch.bfloat16, card(monkeypatch, (7, 5)), None)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyembed import Encoder
+from pyembed import Encoder, quantising
 from pyembed.ops.budget import activation_bytes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -29,6 +29,22 @@ def test_minilm_on_cuda(minilm):
         assert encoder.device.type == "cuda"
         assert (encoder.encode(TEXTS) * right).sum(1).min() >= cosine
         assert encoder.encode(TEXTS, convert_to_tensor=True).is_cuda
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="this card multiplies no bfloat16")
+@pytest.mark.parametrize("backend", ["reference", "kernels"])
+def test_int8_on_cuda(minilm, backend, monkeypatch):
+    """What the same scheme gives on a CPU: nearer to that than that is to float32. One short text has 16 rows."""
+    right = Encoder(minilm, device="cpu", dtype="float32").encode(TEXTS)
+    encoder = Encoder(minilm, device="cuda", dtype="int8", backend=backend)
+    vectors = encoder.encode(TEXTS)
+    assert (vectors * right).sum(1).min() >= 0.97  # of no text at all: 0.981
+    monkeypatch.setattr(quantising, "is_symmetric", lambda dtype, device: True)
+    same = Encoder(minilm, device="cpu", dtype="int8", backend="reference")
+    assert quantising.stayed(encoder._engine.errors) == quantising.stayed(same._engine.errors)
+    assert np.linalg.norm(vectors - same.encode(TEXTS)) <= 0.5 * np.linalg.norm(same.encode(TEXTS) - right)
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        assert encoder.encode(text) @ vector >= 0.999
 
 
 def test_encode_moves_the_model(minilm):

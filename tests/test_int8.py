@@ -25,7 +25,7 @@ from pyembed.cli import main
 from pyembed.int8 import Int8, exact_product, quantise_rows, quantise_weight
 from pyembed.linear import FUSED, Linear, linear
 from pyembed.ops import reference
-from pyembed.options import check_eight_bits, cores
+from pyembed.options import cores
 
 FAMILY_CASES = ("llama-biases", "qwen3", "gemma2", "embeddinggemma", "bert", "gptj", "gpt-neox", "opt", "bloom", "embedding_gemma2")
 LENGTHS = (1, 2, 5, 17, 33, 40, 64, 75)
@@ -333,8 +333,6 @@ def test_adapters_are_merged_before(checkpoint: Callable[[str], Path], tmp_path:
 
 
 def test_what_is_refused(checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match=r"dtype is 'int8' and device 'cuda:0'; int8 runs on a CPU alone\. Use dtype='bfloat16'"):
-        check_eight_bits(torch.int8, [torch.device("cuda:0")], None)
     with pytest.raises(ValueError, match="dtype is 'uint8'; expected 'auto', 'float32', 'bfloat16', 'float16', 'int8'"):
         Encoder(checkpoint("qwen3"), dtype="uint8")
     assert main(["info", str(checkpoint("qwen3")), "--dtype", "int8", "--device", "cpu"]) == 0

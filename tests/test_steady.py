@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pyembed import Encoder, loading
-from pyembed.fp8 import fp8
 from pyembed.linear import Dense, Linear
 from pyembed.model import linears
+from pyembed.ops import Quant, reference
 from pyembed.ops.reference import quantised
 from pyembed.steady import LEAST, MOST, Steady, rows_for, steady
+from pyembed.symmetric import symmetric
 
 TEXTS = checkpoints.sentences((3, 40, 1, 17, 90, 25))
 
@@ -28,13 +29,13 @@ def test_rows_fill_a_card_in_the_narrowest_product() -> None:
     assert [rows_for(width) for width in (64, 384, 1024, 4096, 8192, 1 << 16)] == [MOST, MOST, 2048, 512, 256, LEAST]
 
 
-@given(rows=st.integers(0, 70), step=st.sampled_from([16, 32]), eight=st.booleans())
-def test_pieces_are_put_together(rows: int, step: int, eight: bool) -> None:
+@given(rows=st.integers(0, 70), step=st.sampled_from([16, 32]), quant=st.sampled_from([None, "fp8", "int8"]))
+def test_pieces_are_put_together(rows: int, step: int, quant: Quant | None) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(*shape, generator=generator) for shape in ((48, 32), (48,), (rows, 32)))
-    inner: Linear | None = fp8(weight, bias) if eight else Dense(weight, bias, packed=False)
+    inner: Linear | None = Dense(weight, bias, packed=False) if quant is None else symmetric(weight, bias, quant, reference)
     assert inner is not None
-    given_: Any = quantised(x.bfloat16(), "fp8") if eight else x
+    given_: Any = x if quant is None else quantised(x.bfloat16(), quant)
     y = steady(inner, step).apply(given_)
     assert y.shape == (rows, 48)
     assert torch.allclose(y.float(), inner.apply(given_).float(), atol=1e-5)

@@ -22,8 +22,10 @@ from pyembed.ops.checks import GATED, PLAIN, check, check_rows_apart, check_whol
 from pyembed.ops.panels import int8 as int8
 from pyembed.ops.panels import linear as linear
 from pyembed.ops.reference import latent_attention as latent_attention
+from pyembed.ops.reference import quantised as quantised
+from pyembed.ops.reference import rescaled as rescaled
 
-FROM_REFERENCE: tuple[str, ...] = ("latent_attention",)
+FROM_REFERENCE: tuple[str, ...] = ("latent_attention", "quantised", "rescaled")  # the last two serve GPUs' scheme of eight bits
 
 # The numbers of the enumerations in csrc/params.h.
 _QUANTS: dict[Quant | None, int] = {None: 0, "int8": 1, "fp8": 2}

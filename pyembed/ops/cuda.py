@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 
 from pyembed.config import ModelConfig
-from pyembed.kernels.activation import geglu, gelu, swiglu
+from pyembed.kernels.activation import geglu, gelu, quantised, swiglu
 from pyembed.kernels.attention import attention, schedule
 from pyembed.kernels.embed import embed
 from pyembed.kernels.latent_attention import latent_attention
 from pyembed.kernels.layer_norm import layer_norm
 from pyembed.kernels.pool import pool
 from pyembed.kernels.qk_norm_rope import qk_norm_rope
+from pyembed.kernels.rescaled import rescaled
 from pyembed.kernels.rms_norm import rms_norm
 from pyembed.ops.budget import Budget, activation_bytes, balance, flops
 from pyembed.ops.reference import int8, linear
@@ -32,6 +33,8 @@ __all__ = [
     "linear",
     "pool",
     "qk_norm_rope",
+    "quantised",
+    "rescaled",
     "rms_norm",
     "schedule",
     "swiglu",

@@ -37,7 +37,7 @@ def _maybe_quantise(x: Tensor, dtype: torch.dtype, quant: Quant | None) -> Tenso
 
 
 def quantised(x: Tensor, quant: Quant) -> Quantised:
-    """Rows in eight bits with one scale each, absmax / largest value. A row that is not finite has a scale that is not."""
+    """Rows [T, D] in eight bits with one scale each, absmax / largest value. A row that is not finite has a scale that is not."""
     wide, largest = _wide(x), (FP8_MAX if quant == "fp8" else 127.0)
     scale = wide.abs().amax(-1, keepdim=True).clamp_min(1e-12) / largest
     scaled = wide / scale
@@ -262,6 +262,23 @@ def latent_attention(scores: Tensor, heads: int) -> Tensor:
     """
     wide = _wide(scores).unflatten(-1, (heads, -1))
     return torch.softmax(wide, -1).flatten(-2).to(scores.dtype)
+
+
+def rescaled(
+    product: Tensor,  # [T, O] int32, of rows in int8 and weights in int8
+    rows: Tensor,  # [T] float32, scale of each row
+    outputs: Tensor,  # [O] float32, scale of each output
+    bias: Tensor | None,  # [O] bfloat16
+) -> Tensor:  # [T, O] bfloat16; float64 where the scales are
+    """product * (rows * outputs) + bias in float32, no two operations contracted into one, then one rounding.
+
+    A row whose scale is not finite is NaN throughout.
+    """
+    steps = torch.where(rows.isfinite(), rows, torch.nan)[:, None] * outputs
+    y = product.to(rows.dtype) * steps
+    if bias is not None:
+        y = y + bias.to(rows.dtype)
+    return y if y.dtype == torch.float64 else y.to(torch.bfloat16)
 
 
 def int8(layer: Int8, *, gated: bool = False) -> Int8:

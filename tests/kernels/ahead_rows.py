@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyembed.kernels import activation, embed, latent_attention, layer_norm, pool, rms_norm, rows
+from pyembed.kernels import activation, embed, latent_attention, layer_norm, pool, rescaled, rms_norm, rows
 from pyembed.ops import POOL_MODES, Norm
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -42,6 +42,11 @@ def pooled(width: int, dtype: torch.dtype, mode: Any, texts: int, tokens: int = 
     return lambda: pool.pool(empty(tokens, width, dtype=dtype), cu, spans, mode, norm=norm, normalize=True)
 
 
+def after_product(outputs: int, biased: bool = True, tokens: int = 3) -> Call:
+    product, scales = empty(tokens, outputs, dtype=torch.int32), empty(tokens, dtype=FP32)
+    return lambda: rescaled.rescaled(product, scales, empty(outputs, dtype=FP32), empty(outputs) if biased else None)
+
+
 def cases() -> Iterator[tuple[str, Call]]:
     for width, _, _ in rows.TILES:
         for dtype in (BF16, FP32):
@@ -56,6 +61,7 @@ def cases() -> Iterator[tuple[str, Call]]:
         for dtype in (BF16, FP32):
             x, erf = empty(3, 2 * width, dtype=dtype), width <= rows.TILES[-1][0]
             yield f"geglu int8 {width} {dtype}", partial(activation.geglu, x, tanh=not erf, quant="int8")
+            yield f"quantised int8 {width} {dtype}", partial(activation.quantised, x[:, :width], "int8")
     for width, _, _ in rows.TILES:
         for dtype in (BF16, FP32):
             yield f"latent attention {width} {dtype}", partial(latent_attention.latent_attention, empty(3, 2 * width, dtype=dtype), 2)
@@ -65,9 +71,13 @@ def cases() -> Iterator[tuple[str, Call]]:
         yield f"swiglu {dtype}", partial(activation.swiglu, x)
         yield f"geglu tanh {dtype}", partial(activation.geglu, x, tanh=True)
         yield f"gelu {dtype}", partial(activation.gelu, x, tanh=False)
+    for width in (256, rows.PIECE):
+        yield f"rescaled {width}", after_product(width)
+    yield "rescaled without bias, odd", after_product(387, biased=False)
     yield "norm float16", norm_of_sum(1024, FP16, None, round_first=True)
     yield "layer norm odd", lambda: layer_norm.layer_norm(empty(3, 387), some_norm(387, layer=True))
     yield "norm fp8", norm_of_sum(4096, BF16, "fp8", round_first=True)
+    yield "quantised fp8", lambda: activation.quantised(empty(3, 4096), "fp8")
     yield "swiglu fp8", lambda: activation.swiglu(empty(3, 2 * 14336), quant="fp8")
     yield "embed plain", lambda: embed.embed(torch.zeros(3, dtype=torch.int64), empty(5, 1024), scale=32.0)
     for mode in POOL_MODES:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from ahead import CASES, SHARED, compiled, faults, launches
 from ahead_attention import attend, turn
-from ahead_rows import BF16, Call, empty, pooled, some_norm
+from ahead_rows import BF16, Call, after_product, empty, pooled, some_norm
 
 from pyembed.kernels import activation, embed, latent_attention, rms_norm
 
@@ -105,6 +105,15 @@ def test_numbers_are_fetched_and_stored_sixteen_bytes_at_a_time(tmp_path: Path, 
     assert set(fetched) <= {"LDG.E.128", "LDG.E.64"}  # indices are 8 bytes
 
 
+def test_what_follows_an_integer_product_is_the_references_arithmetic(tmp_path: Path) -> None:
+    """No multiply-add is one operation. Sixteen bytes at a time but for the scales of rows."""
+    (launch,) = launches(CASES["rescaled 512"], 90)
+    assembly = compiled(launch, 90, str(tmp_path)).asm["sass"]
+    assert "FMUL" in assembly and "FADD" in assembly and "FFMA" not in assembly
+    assert set(re.findall(r"\bSTG\.\S+", assembly)) == {"STG.E.128"}
+    assert len(re.findall(r"\bLDG\.E\.128\b", assembly)) >= 5  # 16 sums a thread, and its outputs' scales
+
+
 def test_eight_bit_floats_need_a_card_that_has_them() -> None:
     with pytest.raises(Exception, match="fp8e4nv not supported"):
         faults(launches(CASES["norm fp8"], 80)[0], 80)
@@ -113,6 +122,8 @@ def test_eight_bit_floats_need_a_card_that_has_them() -> None:
 SIZES: dict[str, Callable[[int], Any]] = {
     "norm": lambda n: rms_norm.rms_norm(empty(n, 1024), some_norm(1024), residual=empty(n, 1024), quant="int8"),
     "swiglu": lambda n: activation.swiglu(empty(n, 6144)),
+    "quantised": lambda n: activation.quantised(empty(n, 1024), "int8"),
+    "rescaled": lambda n: after_product(1024, tokens=n)(),
     "embed": lambda n: embed.embed(torch.zeros(n, dtype=torch.int64), empty(5, 1024)),
     "attention": lambda n: attend("long", 64, BF16, queries=n + 32)(),
     "attention of short texts": lambda n: attend("short", 64, BF16, queries=n)(),

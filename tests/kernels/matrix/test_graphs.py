@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from test_latent import directory, mistral  # noqa: F401 - fixtures
 
-from pyembed import Encoder, graphs
+from pyembed import Encoder, graphs, loading, quantising
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LIMIT = 256  # tokens of a batch that is replayed
@@ -80,8 +81,21 @@ def test_prompts_that_were_kept(made: Make, checkpoint: Callable[[str], Path]) -
     assert len(encoder._loaded.graphs[0].made) == 1, "a prompt that is not kept any more keeps no graph"
 
 
-def test_deterministic(made: Make, checkpoint: Callable[[str], Path]) -> None:
+def test_deterministic(made: Make, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "ROW_BY_ROW", ())  # interpreted on a CPU
+    monkeypatch.setattr(loading, "rows_for", lambda width: 32)
     check(made(checkpoint("llama"), deterministic=True, dtype="bfloat16"), batches((3, 9), (1, 12), (6, 4)), 1)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_int8(made: Make, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Also batches of so few rows that zeros are put behind them."""
+    monkeypatch.setattr(quantising, "is_symmetric", lambda *_: True)  # interpreted on a CPU
+    monkeypatch.setattr(quantising, "LIMIT", math.inf)  # products that are exact in whatever form
+    encoder = made(checkpoint(name), dtype="int8")
+    check(encoder, batches((3, 9), (1, 12), (6, 4), (20, 33), (23, 35), (18, 40)), 2)
+    check(made(checkpoint(name), dtype="int8", deterministic=True), batches((3, 9), (1, 12), (6, 4)), 1)
 
 
 def test_whatever_a_form_holds_is_read_from_the_batch(

@@ -12,7 +12,7 @@ import torch
 from op_check import assert_misses, assert_right, hostile, normal
 from torch import Tensor
 
-from pyembed.kernels.activation import geglu, gelu, swiglu
+from pyembed.kernels.activation import geglu, gelu, quantised, swiglu
 from pyembed.kernels.embed import embed
 from pyembed.kernels.layer_norm import layer_norm
 from pyembed.kernels.rms_norm import rms_norm
@@ -106,6 +106,19 @@ def test_quantised_rows(dtype: torch.dtype, width: int, quant: Any) -> None:
     ]
     for call in calls:
         assert_quantised(call(quant), reference._maybe_quantise(call(None).cpu(), dtype, quant))
+
+
+@by_dtype
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("width", [*WIDTHS, 700])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+def test_rows_as_they_are_in_eight_bits(dtype: torch.dtype, width: int, quant: Any) -> None:
+    x = hostile(normal(17, width, dtype=dtype, scale=4.0))
+    x[3] = 0
+    assert_quantised(quantised(x, quant), reference.quantised(x.cpu(), quant))
+    x[5, 0] = torch.nan
+    assert quantised(x, quant).scale.isfinite().tolist() == [n != 5 for n in range(17)]
+    assert quantised(x[:0], quant).values.shape == (0, width)
 
 
 @by_dtype
@@ -261,6 +274,7 @@ def test_a_row_has_the_same_bits_anywhere(dtype: torch.dtype) -> None:
         lambda z, i: embed(i, table, norm=a_norm(90, layer=True)),
         lambda z, i: rms_norm(z, a_norm(90), quant="int8").values,
         lambda z, i: swiglu(z, quant=QUANTS[-1]).values.view(torch.int8),
+        lambda z, i: quantised(z, QUANTS[-1]).values.view(torch.int8),
     ]
     changed = torch.full_like(x, torch.nan)
     changed[lone] = x[lone]
@@ -281,6 +295,8 @@ def test_wrong_arguments_are_told_in_a_sentence() -> None:
         (f"residual must be a torch.float32 tensor on {x.device}", lambda: rms_norm(x, norm, residual=x.bfloat16())),
         ("residual is written, so its rows must not overlap", lambda: rms_norm(x, norm, residual=torch.ones(8).expand(4, 8))),
         ("quant must be None, 'int8' or 'fp8', got 'int4'", lambda: rms_norm(x, norm, quant="int4")),
+        ("quant must be None, 'int8' or 'fp8', got 'int4'", lambda: quantised(x, "int4")),  # type: ignore[arg-type]
+        ("a row must have at most 32768 columns, got 32769", lambda: quantised(torch.ones(1, 32769), "int8")),
         ("an odd number of columns: 7", lambda: swiglu(torch.ones(4, 7))),
         ("a row must have at most 16384 columns, got 16385", lambda: rms_norm(torch.ones(1, 16385), Norm(None, None, 1e-5))),
         ("position_table was given without positions", lambda: embed(ids, x, position_table=x)),
