@@ -20,7 +20,10 @@ if os.environ.get("PYEMBED_SANITIZE") == "1":
 
 CPU = Pybind11Extension(
     "pyembed._cpu",
-    [f"csrc/cpu/{name}.cpp" for name in ("bindings", "isa_generic", "isa_avx2", "isa_avx512", "isa_avx512_vnni", "isa_avx512_bf16")],
+    [
+        f"csrc/cpu/{name}.cpp"
+        for name in ("bindings", "isa_generic", "isa_avx2", "isa_avx512", "isa_avx512_vnni", "isa_avx512_bf16", "isa_amx")
+    ],
     depends=glob("csrc/**/*.h", recursive=True),
     cxx_std=17,
     # without contraction a * b + c rounds as it is written; where a fused product is meant, the source says fma

@@ -15,6 +15,12 @@
 
 #include "dispatch.h"
 
+#ifdef PYEMBED_WITH_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace py = pybind11;
 
 namespace pyembed {
@@ -29,6 +35,17 @@ thread_local Scratch thread_scratch;
 
 std::atomic<const char*> last_ran{""};
 
+#ifdef PYEMBED_WITH_AMX
+// Whether this CPU has AMX for bfloat16 and bytes, and the system lends this process its registers, for which a process has to ask.
+bool amx() {
+    unsigned a, b, c, d;
+    constexpr unsigned wanted = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & wanted) != wanted) return false;
+    constexpr long ask = 0x1023, registers = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, ask, registers) == 0;
+}
+#endif
+
 // Supported variants, best first.
 std::vector<const Kernels*> supported() {
     std::vector<const Kernels*> all;
@@ -37,7 +54,11 @@ std::vector<const Kernels*> supported() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
         const bool vnni = __builtin_cpu_supports("avx512vnni");
-        if (vnni && __builtin_cpu_supports("avx512bf16")) all.push_back(&avx512_bf16_kernels);
+        const bool pairs = vnni && __builtin_cpu_supports("avx512bf16");
+#ifdef PYEMBED_WITH_AMX
+        if (pairs && amx()) all.push_back(&amx_kernels);
+#endif
+        if (pairs) all.push_back(&avx512_bf16_kernels);
         if (vnni) all.push_back(&avx512_vnni_kernels);
         all.push_back(&avx512_kernels);
     }

@@ -5,6 +5,10 @@
 
 #include "../params.h"
 
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 11
+#define PYEMBED_WITH_AMX
+#endif
+
 namespace pyembed {
 
 struct bf16 {
@@ -28,6 +32,9 @@ extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels avx512_vnni_kernels;
 extern const Kernels avx512_bf16_kernels;
+#endif
+#ifdef PYEMBED_WITH_AMX
+extern const Kernels amx_kernels;
 #endif
 
 // Scratch memory of the calling thread, 64-byte aligned, kept for its next call. A second call may move the first one's memory.

@@ -5,7 +5,11 @@
 // quantised on the way. A tile is a group of rows times a panel, summed over all words at once, so that a row's bits depend on nothing
 // but the row.
 
+#ifdef PYEMBED_AMX
+constexpr int GROUP = 32;  // rows of a tile: two of AMX's registers
+#else
 constexpr int GROUP = 12;  // rows of a tile: with two vectors of columns, 24 sums in registers
+#endif
 constexpr int PIECE = 16;  // words of a row that lie side by side: the 32 bfloat16 of a panel's columns, where they are a result
 
 // How a word of a row meets W words of weights.
@@ -129,6 +133,13 @@ __attribute__((noinline)) static void tile(const int32_t* x, const int32_t* w, i
     }
 }
 
+#ifdef PYEMBED_AMX
+#include "amx.h"
+#else
+struct Registers {
+    Registers() {}  // nothing to set
+};
+
 // Sums [rows, PANEL] of a packed group and a panel.
 template <class M>
 static inline void multiply_group(const int32_t* x, const int32_t* w, int64_t words, int64_t rows, float* to) {
@@ -147,3 +158,4 @@ static inline void multiply_group(const int32_t* x, const int32_t* w, int64_t wo
         }
     }
 }
+#endif

@@ -3,8 +3,8 @@
 //
 // Threads take blocks of rows, or, of few rows, ranges of panels. Work: 2 * in * out FLOPs a row and layer; weights are read once a block.
 
-constexpr int64_t BLOCK = 20;      // groups of rows of one layer that a thread takes at once: packed, of up to 2,048 inputs they stay in the second-level cache
-constexpr int64_t PAIR_BLOCK = 8;  // of two layers, with the first one's results
+constexpr int64_t BLOCK = 240 / GROUP;      // groups of rows of one layer that a thread takes at once: packed, of up to 2,048 inputs they stay in the second-level cache
+constexpr int64_t PAIR_BLOCK = 96 / GROUP;  // of two layers, with the first one's results
 constexpr int64_t FEW = 256;       // rows of one layer up to which threads divide its columns
 
 // Scratch of a thread: where a block of rows lies packed, `in` to a row of the widest layer.
@@ -84,6 +84,7 @@ template <class M>
 static inline void panels_of(const Matrix& m, const int32_t* from, int64_t rows, const Runs& y, int64_t apart, int64_t panel,
                              int64_t end, const BlockScratch& s) {
     const int64_t words = words_of(m), group = pieces_of(words) * GROUP * PIECE;
+    const Registers registers;
     for (; panel < end; ++panel) {
         for (int64_t r = 0; r < rows; r += GROUP) {
             const int64_t count = least(GROUP, rows - r), column = panel * PANEL;

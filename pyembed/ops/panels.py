@@ -79,8 +79,8 @@ def run(x: Tensor, first: Panels, act: str | None, second: Panels | None, norm: 
 
 
 def native() -> bool:
-    """Whether bfloat16 is multiplied in pairs here, by instructions that the library does not outdo with matrix registers."""
-    return _cpu.isa() == "avx512_bf16" and not torch.cpu._is_amx_tile_supported()
+    """Whether bfloat16 is multiplied in pairs here, by AVX-512 or AMX."""
+    return _cpu.isa() in ("avx512_bf16", "amx")
 
 
 def linear(weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Linear:

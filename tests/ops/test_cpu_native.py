@@ -34,7 +34,7 @@ def test_the_same_names_and_signatures_as_the_reference() -> None:
 
 
 def test_a_cpu_with_more_also_runs_what_is_below() -> None:
-    every = ["avx512_bf16", "avx512_vnni", "avx512", "avx2", "generic"]
+    every = ["amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "generic"]
     assert _cpu.isas() in [every[i:] for i in range(len(every))]
     assert _cpu.isa() == _cpu.isas()[0]
 
