@@ -16,7 +16,7 @@ from pyembed import engine, ops, quantising, weights
 from pyembed.config import Family, ModelSpec, TensorNames
 from pyembed.graphs import Graphs, record_on
 from pyembed.job import Engine
-from pyembed.linear import chained
+from pyembed.linear import Dense, Linear, chained
 from pyembed.model import linears, with_linears
 from pyembed.ops import Backend
 from pyembed.options import check_eight_bits, common_dtype
@@ -30,6 +30,7 @@ from pyembed.workers import Pool
 
 logger = logging.getLogger("pyembed")
 ROW_BY_ROW = (torch.float32, torch.bfloat16, torch.int8)  # on a CPU a row's products have the same bits in any batch anyway
+AMX_ROWS = 32  # of a product of oneDNN's in AMX: with more, the order of its sums depends on how many rows and threads there are
 
 
 def serve(
@@ -152,14 +153,22 @@ def load(
         with device_of(loaded):
             loaded.weights, loaded.errors = quantising.settle(tensors, probe, loaded.ops, dtype)
     loaded.weights = replace(loaded.weights, spare_rows=not all(chained(each) for each in linears(loaded.weights)))
-    if deterministic and not (device.type == "cpu" and dtype in ROW_BY_ROW):
-        loaded.weights = with_linears(loaded.weights, partial(steady, rows=rows_for(spec.model.hidden_size)))
+    loaded.weights = with_linears(loaded.weights, partial(row_by_row, loaded))
     if room != 0 and shareable(spec):
         loaded.prefixes = PrefixCache(BYTES[device.type] if room is None else room)
     check_mask(loaded)
     if device.type == "cuda":
         ready(loaded, cuda_graphs=cuda_graphs)
     return loaded
+
+
+def row_by_row(model: Loaded, layer: Linear) -> Linear:
+    """A layer with the same bits for a row in any batch: where oneDNN multiplies in AMX, and where deterministic=True asks for it."""
+    packed = isinstance(layer, Dense) and layer.packed and layer.weight.dtype == torch.bfloat16
+    if packed and torch.cpu._is_amx_tile_supported():
+        return steady(layer, AMX_ROWS)
+    wanted = model.deterministic and not (model.device.type == "cpu" and model.dtype in ROW_BY_ROW)
+    return steady(layer, rows_for(model.spec.model.hidden_size)) if wanted else layer
 
 
 def ready(model: Loaded, *, cuda_graphs: bool) -> None:
@@ -179,8 +188,6 @@ def add_vocabulary(loaded: Loaded, stack: Stack, family: Family) -> None:
             head = weights.load_vocabulary(
                 stack.weights, loaded.spec.model, family.tensors, loaded.weights.tokens, stack.task(loaded.adapter)
             )
-        if loaded.deterministic:
-            head = steady(head, rows_for(loaded.spec.model.hidden_size))
-        loaded.weights = replace(loaded.weights, vocabulary=head)
+        loaded.weights = replace(loaded.weights, vocabulary=row_by_row(loaded, head))
         if loaded.device.type == "cuda":
             torch.cuda.synchronize(loaded.device)  # batches run on streams of their own
