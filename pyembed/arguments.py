@@ -126,6 +126,7 @@ def model_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=dtypes, default="auto", help="of the model (%(default)s); fp8 on new CUDA cards alone")
     backend = "kernels: pyembed's own; reference: plain PyTorch; by default the kernels where they have been seen to run: on CPUs"
     group.add_argument("--backend", choices=("kernels", "reference"), help=backend)
+    group.add_argument("--deterministic", action="store_true", help="a text has the same bits in any batch, on a GPU as on a CPU anyway")
     group.add_argument("--recipe", help="how a model is used whose files do not say so; `pyembed info` lists them")
     group.add_argument("--template", help="a method without training for any causal LM, such as prompteol; or a text with {text} in it")
     group.add_argument("--instruction", help="the task that the model's prompt names, in models that take one")

@@ -226,6 +226,7 @@ def load(args: argparse.Namespace) -> Encoder:
         max_seq_length=args.max_seq_length,
         tokens_per_batch=args.tokens_per_batch,
         backend=args.backend,
+        deterministic=args.deterministic,
         revision=args.revision,
         local_files_only=args.offline,
     )

@@ -531,6 +531,14 @@ def test_warmup(run, minilm, device):
     assert "no CUDA" in (err := run("warmup", minilm, "--device", "cuda")[2]) or "0 CUDA devices" in err
 
 
+def test_deterministic_reaches_the_encoder(run, minilm, monkeypatch):
+    seen, made = [], cli.load
+    monkeypatch.setattr(cli, "load", lambda args: (seen.append(made(args)), seen[-1])[1])
+    for words in ([], ["--deterministic"]):
+        assert run("encode", minilm, "-o", f"{len(words)}.npy", "--device", "cpu", *words, stdin=b"a\n")[0] == 0
+    assert [each._engine.deterministic for each in seen] == [False, True]
+
+
 def test_the_backend_reaches_the_encoder(run, minilm):
     for backend in ("kernels", "reference"):
         out = run("info", minilm, "--device", "cpu", "--backend", backend)[1]
