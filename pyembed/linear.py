@@ -14,7 +14,8 @@ from pyembed.ops import Norm, Quant, Quantised
 
 # oneDNN's names of the activations that its GEMM computes on the float32 accumulators, before the one rounding
 FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
-
+# Inputs that oneDNN reads at a time in AMX. Where a row ends earlier it reads on in the next row, and NaN there survives a product by zero.
+AMX_INPUTS = 32
 
 Input = Tensor | Quantised  # eight bits only for a layer that wants them
 Read = Callable[[], tuple[Tensor, Tensor | None]]  # a weight, which the next call may overwrite, and a bias
@@ -63,7 +64,7 @@ class Dense:
 
     chains: ClassVar[bool] = False
     wants: ClassVar[None] = None
-    weight: Tensor  # [out_features, in_features], or that packed
+    weight: Tensor  # [out_features, in_features], or that packed, perhaps with inputs that are zero behind it
     bias: Tensor | None  # [out_features]
     packed: bool
     gated: bool = False  # W is [gate; up] of a gated MLP, whose activation is an op of its own
@@ -79,6 +80,8 @@ class Dense:
         if not self.packed:
             assert act is None, act
             return F.linear(x, self.weight, self.bias)
+        if short := self.weight.shape[1] - x.shape[1]:
+            x = F.pad(x, (0, short))
         name, algorithm = ("none", "") if act is None else FUSED[act]
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], algorithm)  # type: ignore[no-any-return]
 
@@ -97,6 +100,8 @@ def linear(weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Dense
     """
     packed = packable(weight.device, weight.dtype)
     if packed:
+        if weight.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+            weight = F.pad(weight, (0, -weight.shape[1] % AMX_INPUTS))
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         weight = reordered if reordered.is_mkldnn else weight.clone()
     return Dense(weight, bias, packed, gated)

@@ -14,9 +14,8 @@ import checkpoints
 import numpy as np
 import pytest
 import torch
-from checkpoints import error
 from safetensors.torch import load_file, save_file
-from test_fp8 import card, data, layer_calls, made
+from test_fp8 import card, data, distance, layer_calls, made
 from test_int8 import outlier_in_bert
 from torch import Tensor
 
@@ -48,13 +47,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def loaded(directory: Path) -> Encoder:
     return Encoder(directory, device="cpu", dtype="int8", backend="reference")
-
-
-def distance(directory: Path, dtype: str) -> float:
-    """The mean distance of vectors from those in float32."""
-    texts = checkpoints.sentences(LENGTHS)
-    right = torch.from_numpy(Encoder(directory, device="cpu", dtype="float32").encode(texts))
-    return float(error(Encoder(directory, device="cpu", dtype=dtype, backend="reference").encode(texts), right).mean())
 
 
 # One layer

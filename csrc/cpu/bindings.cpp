@@ -4,7 +4,6 @@
 // cost worth naming: an id, an offset or a span out of range is a ValueError and never a read out of bounds.
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -185,9 +184,6 @@ void attention(int dtype, int threads, const Rows& q, const Rows& k, const Rows&
     for (int64_t n = 0; p.q_start && n < N; ++n) {
         if (p.q_start[n] < 0 || p.q_start[n] > EXACT - Tq) refuse("q_start", "must be a position below 2^24", p.q_start[n], n);
     }
-    // Rows of no text: oneDNN's AMX products read up to 31 numbers beyond a row's end and multiply them by zero, which NaN survives.
-    const int64_t row = H * K * (p.dtype == Dtype::f32 ? 4 : 2);
-    std::memset(static_cast<char*>(p.out) + p.cu_q[N] * row, 0, (Tq - p.cu_q[N]) * row);
     chosen.load()->attention(p);
 }
 

@@ -155,7 +155,7 @@ def attention(
     bias: DistanceBias | None = None,
     prefix: Prefix | None = None,
     q_start: Tensor | None = None,  # [N] int32, position of each text's first query, its prefix included; None: queries are last
-) -> Tensor:  # [Tq, H, K] contiguous; rows at and beyond cu_q[-1] are zeros on a CPU, unspecified on a GPU
+) -> Tensor:  # [Tq, H, K] contiguous; rows at and beyond cu_q[-1] are unspecified
     """Softmax attention within each sequence, query head h reading key/value head h // (H / G).
 
     Positions are absolute: a text's prefix takes 0 .. p - 1, its own keys follow. `causal` hides keys after the query; the
