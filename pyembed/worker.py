@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import threading
 import traceback
 from collections import deque
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,6 +83,8 @@ def serve(channel: Connection, place: Place, given: bytes) -> None:
         send(channel, failed(error))
         return
     send(channel, (model.ops.budget(model.spec.model, model.dtype, model.device), model.errors))
+    answers: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=deliver, args=(channel, answers), daemon=True).start()
     asked: deque[Any] = deque()  # batches to run
     told: deque[Made | Failed] = deque()  # those that the device was told to run
     given_up: set[int] = set()
@@ -91,7 +95,7 @@ def serve(channel: Connection, place: Place, given: bytes) -> None:
 
     while True:
         while told and (len(told) > place.ahead or not (asked or channel.poll())):
-            send(channel, answer(model, told.popleft()))
+            answers.put(answer(model, told.popleft()))
         if not asked:
             read()
             continue
@@ -104,6 +108,15 @@ def serve(channel: Connection, place: Place, given: bytes) -> None:
 
         told.append(begin(model, reads, rows, stop))
         given_up.difference_update(range(number + 1))
+
+
+def deliver(channel: Connection, answers: SimpleQueue[Any]) -> None:
+    """Send what there is. Beside the thread that reads: who asks sends the next batch, and may not read before that is taken."""
+    try:
+        while True:
+            send(channel, answers.get())
+    except ConnectionError:
+        os._exit(0)  # nobody asks any more
 
 
 def begin(model: Loaded, reads: Any, rows: Any, stop: Any) -> Made | Failed:

@@ -155,6 +155,24 @@ def test_a_worker_is_told_of_batches_before_it_answers(odd: Encoder, one: Encode
     assert min(2, 1 + ahead) <= max(most) <= 1 + ahead
 
 
+def test_messages_that_no_socket_holds_pass_each_other(odd: Encoder, one: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch is sent while the worker sends its last answer, each a megabyte: neither waits for the other to read."""
+    monkeypatch.setattr(engine, "WINDOW_TEXTS", 60_000)
+    monkeypatch.setattr(engine, "WINDOW_CHARACTERS", 1 << 30)
+    monkeypatch.setitem(odd._arguments, "tokens_per_batch", 16_384)
+    dice = np.random.default_rng(0)
+    ids = [each.astype(np.int32) for each in dice.integers(4, 40, (60_000, 4))]
+    with ThreadPoolExecutor(1) as thread:
+        sent = thread.submit(odd.encode, ids)
+        try:
+            vectors = sent.result(timeout=120)
+        except TimeoutError:
+            for pid in pids(odd):  # what waits for them ends
+                os.kill(pid, signal.SIGKILL)
+            raise
+    assert np.array_equal(vectors[:5], one.encode(ids[:5]))
+
+
 def test_threads_may_encode_at_once(one: Encoder, two: Encoder) -> None:
     expected = one.encode(TEXTS)
     with ThreadPoolExecutor(5) as threads:
