@@ -86,7 +86,8 @@ def parser() -> argparse.ArgumentParser:
     five = commands.add_parser(
         "warmup",
         help="compile what a model needs, and say how long that took",
-        description="Load a model and run batches of every kind: on CUDA that compiles its kernels, which the next process then finds.",
+        description="Load a model and run batches of every kind: on CUDA, with --backend kernels, that compiles them, and the next process "
+        "finds them.",
     )
     five.add_argument("model", metavar="MODEL", help="folder or hub id")
     model_options(five)

@@ -384,7 +384,7 @@ class Encoder:
         return planned.plan(self._engine, job, as_texts(inputs)[1])
 
     def warmup(self) -> warmup.Warmed:
-        """Run batches of every kind, so that no later call compiles a kernel or meets a first time; how long that took, in seconds."""
+        """Run batches of every kind, so that later calls compile no kernel; how long that took, in seconds."""
         return warmup.warmup(self)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:

@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
@@ -306,6 +307,7 @@ class Line:
             return self.run_batch(ticket, batch, count) if again else self.halves(ticket, batch, losses)
         if not out_of_memory(error):
             raise error
+        traceback.clear_frames(error.__traceback__)  # they hold what the batch had taken
         if alone and beside:  # the others may have taken the memory
             return self.run_batch(ticket, batch, losses, whole=True)
         if alone:

@@ -181,6 +181,8 @@ def record_on(device: torch.device) -> Callable[[Callable[[], Tensor]], Callable
     pool = torch.cuda.graph_pool_handle()
 
     def record(launch: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()  # what memory there is must not be looked for while recording: freeing some would void it
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may allocate meanwhile
         try:
@@ -251,6 +253,8 @@ class Graphs:
             torch.cuda.current_stream(self.device).synchronize()  # a replay may be under way
         for form in gone:
             del self.made[form]
+        if gone and not self.made and self.device.type == "cuda":
+            self.record = record_on(self.device)  # a pool ends with its last graph
 
     def kept(self, prompt: Run) -> bool:
         return self.prompts is not None and any(each is prompt for each in self.prompts.runs.values())

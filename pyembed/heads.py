@@ -28,6 +28,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+WIDEST = 8192  # columns of a vector that the pooling kernel divides by its length
+
+
 def pool(hidden: Tensor, spec: ModelSpec, weights: Weights, batch: PackedBatch, ops: Ops) -> Tensor:
     """[T, D] before the final norm to [N, dim] float32: final norm, pooling, projection or latent attention, Dense modules, and what the
     model's output is: rounded to integers, L2, both (which the caller's `normalize` asks for) or as it is."""
@@ -42,7 +45,16 @@ def pool(hidden: Tensor, spec: ModelSpec, weights: Weights, batch: PackedBatch, 
         vectors = dense(vectors, head)
     if spec.output == "tanh_int8":
         vectors = torch.round(127 * torch.tanh(vectors))
-    return F.normalize(vectors, dim=-1) if spec.normalize and not together else vectors
+    if not spec.normalize or together:
+        return vectors
+    own = vectors.is_cuda and vectors.shape[1] <= WIDEST
+    return unit_rows(vectors, ops) if own else F.normalize(vectors, dim=-1)
+
+
+def unit_rows(x: Tensor, ops: Ops) -> Tensor:
+    """Rows [N, D] float32 divided by their lengths, by the pooling op: on CUDA torch sums a row in an order that N decides."""
+    starts = torch.arange(len(x) + 1, dtype=torch.int32, device=x.device)
+    return ops.pool(x, starts, torch.stack([starts[:-1], starts[1:]], dim=1), "cls", normalize=True)
 
 
 def reads(spec: ModelSpec, *, sparse: bool, narrow: bool) -> PoolMode | None:

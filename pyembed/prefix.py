@@ -44,6 +44,7 @@ class PrefixCache:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.runs, self.lock = limit, OrderedDict[bytes, Run](), threading.Lock()
+        self.past: list[Run] = []  # given up, and on CUDA perhaps about to be read by the batch that comes now
 
     def get(self, ids: np.ndarray, make: Callable[[np.ndarray], Run]) -> Run:
         """The run of `ids`, made where it is not kept; meanwhile other threads wait, who will most often want the same."""
@@ -55,8 +56,11 @@ class PrefixCache:
             run = self.runs[key] = make(ids)
             if run.hidden.is_cuda:  # it was made in the order of one stream, and is read in that of another; as are those given up
                 torch.cuda.synchronize(run.hidden.device)
+                self.past.clear()
             while len(self.runs) > 1 and self.bytes > self.limit:
-                self.runs.popitem(last=False)
+                self.past.append(self.runs.popitem(last=False)[1])
+            if not run.hidden.is_cuda:
+                self.past.clear()
             return run
 
     @property

@@ -22,7 +22,7 @@ from pyembed.graphs import Given, Graphs
 from pyembed.model import Weights, forward
 from pyembed.ops import Ops
 from pyembed.prefix import PrefixCache, Run, gathered, joined
-from pyembed.transfer import to_host
+from pyembed.transfer import TELLING, to_host
 
 Shared = tuple[np.ndarray, int]  # what a text begins with, and how many of its tokens are taken from there
 Stop = Callable[[], bool]  # whether nobody waits for the result any more
@@ -73,6 +73,9 @@ class Made(NamedTuple):
 
     def landed(self) -> Made:
         return self if self.arrival is None else self.arrival()
+
+
+NOTHING = torch.empty(0)  # the vectors of a batch that is on its way
 
 
 class Turns:
@@ -136,7 +139,7 @@ def device_of(model: Loaded, *, share: int = 0) -> Iterator[None]:
             if model.device.type == "cpu":
                 yield
             else:
-                with products(splits=not model.deterministic), torch.cuda.device(model.device), building():
+                with TELLING, products(splits=not model.deterministic), torch.cuda.device(model.device), building():
                     yield
 
 
@@ -204,19 +207,20 @@ def run_batch(model: Loaded, reads: Reads, rows: Rows, stop: Stop | None = None,
 
 def returned(model: Loaded, vectors: Tensor, states: list[Tensor], begun: float) -> Made:
     """A batch on its way back from the device."""
-    there, wait = to_host(vectors)
-    if wait is None:
+    there, landed = to_host(vectors)
+    if landed is None:
+        assert there is not None
         return Made(there, states, time.perf_counter() - begun)
     for each in states:
         each.record_stream(torch.cuda.default_stream(model.device))  # where the caller will most likely read them
 
     def arrival() -> Made:
-        wait()
+        there = landed()
         now, before = time.perf_counter(), model.idle_since
         model.idle_since = now
         return Made(there, states, now - max(begun, before))  # while another batch ran, this one waited
 
-    return Made(there, states, 0.0, arrival)
+    return Made(NOTHING, states, 0.0, arrival)
 
 
 def check(stop: Stop | None) -> None:

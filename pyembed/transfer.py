@@ -6,6 +6,7 @@ since a copy costs more by its start than by its bytes; torch's allocator of pin
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+TELLING = threading.RLock()  # of the thread that tells CUDA devices what to do: torch's switches, and what is recorded, are the process's
 APART = 16  # bytes to which an array's start is aligned: kernels are compiled for pointers that are multiples of it
 Form = tuple[tuple[int, ...], np.dtype]  # shape and dtype of an array
 DTYPES = {np.dtype(np.int32): torch.int32, np.dtype(np.int64): torch.int64}
@@ -64,12 +66,20 @@ def pinned(shape: int | torch.Size, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=torch.cuda.is_available())
 
 
-def to_host(x: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
-    """`x` on the CPU, and what waits until it is there; None: it is."""
+def to_host(x: Tensor) -> tuple[Tensor | None, Callable[[], Tensor] | None]:
+    """`x` where it is on the CPU; else what waits for its copy there and gives it."""
     if x.device.type == "cpu":
         return x, None
-    out = pinned(x.shape, x.dtype)
-    out.copy_(x, non_blocking=True)
+    copies = [pinned(x.shape, x.dtype)]
+    copies[0].copy_(x, non_blocking=True)
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(x.device))
-    return out, event.synchronize
+
+    def landed() -> Tensor:
+        event.synchronize()
+        out = copies[0].clone()
+        with TELLING:  # torch records an event on the stream when pinned memory is given back
+            copies.clear()
+        return out
+
+    return None, landed

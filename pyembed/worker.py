@@ -107,7 +107,7 @@ def serve(channel: Connection, place: Place, given: bytes) -> None:
             return number in given_up
 
         told.append(begin(model, reads, rows, stop))
-        given_up.difference_update(range(number + 1))
+        given_up.difference_update([each for each in given_up if each <= number])
 
 
 def deliver(channel: Connection, answers: SimpleQueue[Any]) -> None:
@@ -117,6 +117,9 @@ def deliver(channel: Connection, answers: SimpleQueue[Any]) -> None:
             send(channel, answers.get())
     except ConnectionError:
         os._exit(0)  # nobody asks any more
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # without it nobody would ever be answered
 
 
 def begin(model: Loaded, reads: Any, rows: Any, stop: Any) -> Made | Failed:

@@ -29,7 +29,7 @@ import torch
 from pyembed.job import Lane
 from pyembed.ops.budget import Budget
 from pyembed.options import cores
-from pyembed.runner import POLL, LaneLost, Made, Reads, Rows, Stop, Stopped, check
+from pyembed.runner import NOTHING, POLL, LaneLost, Made, Reads, Rows, Stop, Stopped, check
 from pyembed.worker import Failed, Flat, Place, send
 
 PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from pyembed.worker import main; main(int(sys.argv[1]))"
@@ -152,7 +152,7 @@ class Pool:
             vectors, states, seconds = opened(answer.message)
             return Made(tensor(vectors), [tensor(each) for each in states], seconds)
 
-        return Made(torch.empty(0), [], 0.0, arrival) if worker.ahead else arrival()
+        return Made(NOTHING, [], 0.0, arrival) if worker.ahead else arrival()
 
     def take(self, number: int, worker: Worker, stop: Stop) -> None:
         """Wait for the worker's next answer; LaneLost where it has ended, of which all who wait for one are told."""

@@ -12,8 +12,9 @@ from op_check import assert_misses, assert_right, hostile, normal, offsets
 from torch import Tensor
 
 import pyembed.kernels.pool as module
+from pyembed import heads
 from pyembed.kernels.pool import pool
-from pyembed.ops import POOL_MODES, Norm, PoolMode, reference
+from pyembed.ops import POOL_MODES, Norm, PoolMode, cuda, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LENGTHS = [1, 20, 7, 0, 70, 9]
@@ -182,3 +183,11 @@ def test_more_columns_than_a_tile_takes(monkeypatch: pytest.MonkeyPatch, mode: P
     assert torch.equal(pool(x, cu, read, mode, dim=35), cut)
     with pytest.raises(ValueError, match="a row must have at most 8192 columns, got 8193"):
         pool(normal(2, 8193), offsets([2]), spans([2], [0]), mode, normalize=True)
+
+
+def test_rows_of_length_one() -> None:
+    """Of vectors that heads have made: the same bits alone, and what torch makes of them."""
+    x = torch.randn(37, 200, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
+    y = heads.unit_rows(x, cuda)
+    assert torch.allclose(y, torch.nn.functional.normalize(x, dim=-1), atol=1e-6)
+    assert torch.equal(torch.cat([heads.unit_rows(row[None], cuda) for row in x]), y)
