@@ -16,7 +16,7 @@ from pyembed import engine, ops, quantising, weights
 from pyembed.config import Family, ModelSpec, TensorNames
 from pyembed.graphs import Graphs, record_on
 from pyembed.job import Engine
-from pyembed.linear import Dense, Linear, chained
+from pyembed.linear import Linear, chained
 from pyembed.model import linears, with_linears
 from pyembed.ops import Backend
 from pyembed.options import check_eight_bits, common_dtype
@@ -24,13 +24,12 @@ from pyembed.prefix import BYTES, PrefixCache, obstacle, shareable
 from pyembed.probes import check_ids, check_mask
 from pyembed.runner import Loaded, device_of
 from pyembed.stack import Stack
-from pyembed.steady import rows_for, steady
+from pyembed.steady import rows_for, steady, steady_in_amx
 from pyembed.tokenizer import Tokenizer
 from pyembed.workers import Pool
 
 logger = logging.getLogger("pyembed")
 ROW_BY_ROW = (torch.float32, torch.bfloat16, torch.int8)  # on a CPU a row's products have the same bits in any batch anyway
-AMX_ROWS = 32  # of a product of oneDNN's in AMX: with more, the order of its sums depends on how many rows and threads there are
 
 
 def serve(
@@ -164,9 +163,7 @@ def load(
 
 def row_by_row(model: Loaded, layer: Linear) -> Linear:
     """A layer with the same bits for a row in any batch: where oneDNN multiplies in AMX, and where deterministic=True asks for it."""
-    packed = isinstance(layer, Dense) and layer.packed and layer.weight.dtype == torch.bfloat16
-    if packed and torch.cpu._is_amx_tile_supported():
-        return steady(layer, AMX_ROWS)
+    layer = steady_in_amx(layer)
     wanted = model.deterministic and not (model.device.type == "cpu" and model.dtype in ROW_BY_ROW)
     return steady(layer, rows_for(model.spec.model.hidden_size)) if wanted else layer
 

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyembed.linear import Input, Linear
+from pyembed.linear import Dense, Input, Linear
 from pyembed.ops import Quant, Quantised
 
 FULL = 1 << 21  # rows x outputs of a product that fill a large card: 128 tiles of 128 x 128. A prediction, not measured
 LEAST, MOST = 256, 4096  # rows
+AMX_ROWS = 32  # of a product of oneDNN's in AMX: with more, the order of its sums depends on how many rows and threads there are
 
 
 def rows_for(hidden_size: int) -> int:
@@ -64,3 +65,9 @@ def piece(x: Input, start: int, rows: int) -> Input:
 
 def steady(inner: Linear, rows: int) -> Linear:
     return inner if isinstance(inner, Steady) else Steady(inner, rows)
+
+
+def steady_in_amx(layer: Linear) -> Linear:
+    """A layer with few rows a product where oneDNN multiplies it in AMX, any other as it is."""
+    packed = isinstance(layer, Dense) and layer.packed and layer.weight.dtype == torch.bfloat16
+    return steady(layer, AMX_ROWS) if packed and torch.cpu._is_amx_tile_supported() else layer

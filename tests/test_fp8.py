@@ -26,6 +26,7 @@ from pyembed.int8 import int8
 from pyembed.linear import Dense, linear, wanted
 from pyembed.ops import Quant, Quantised, reference
 from pyembed.options import check_dtype, check_eight_bits, cores, dtype_name
+from pyembed.steady import Steady
 from pyembed.symmetric import Symmetric
 
 LENGTHS = (1, 2, 5, 17, 33, 40, 64, 75)
@@ -257,7 +258,7 @@ def test_attentions_output_stays_and_the_rest_does_not(checkpoint: Callable[[str
     encoder = loaded(checkpoint("qwen3"))
     assert "dtype=fp8 (10 of 10 linear layers beside attention's output projections), mask" in repr(encoder)
     for layer in encoder._loaded.weights.layers:
-        assert isinstance(layer.out, Dense)
+        assert isinstance(layer.out.inner if isinstance(layer.out, Steady) else layer.out, Dense)
         assert layer.out.apply(torch.ones(16, 64).bfloat16()).dtype == torch.bfloat16
         assert all(isinstance(each, Symmetric) for each in (*layer.qkv, layer.up, layer.down))
 
