@@ -55,8 +55,7 @@ std::vector<const Kernels*> supported() {
         const bool vnni = __builtin_cpu_supports("avx512vnni");
         const bool pairs = vnni && __builtin_cpu_supports("avx512bf16");
 #ifdef PYEMBED_WITH_AMX
-        // Off unless asked for: in int8 a row's bits still differ with the number of threads (bert tiny, 1 against 2), which is not understood.
-        if (pairs && std::getenv("PYEMBED_AMX") && amx()) all.push_back(&amx_kernels);
+        if (pairs && amx()) all.push_back(&amx_kernels);
 #endif
         if (pairs) all.push_back(&avx512_bf16_kernels);
         if (vnni) all.push_back(&avx512_vnni_kernels);
