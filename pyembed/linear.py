@@ -100,8 +100,9 @@ def linear(weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Dense
     """
     packed = packable(weight.device, weight.dtype)
     if packed:
-        if weight.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-            weight = F.pad(weight, (0, -weight.shape[1] % AMX_INPUTS))
+        short = -weight.shape[1] % AMX_INPUTS
+        if short and weight.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+            weight = F.pad(weight, (0, short))  # by 0 it would be a copy too
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         weight = reordered if reordered.is_mkldnn else weight.clone()
     return Dense(weight, bias, packed, gated)

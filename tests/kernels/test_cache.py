@@ -85,8 +85,8 @@ def test_a_kernel_that_varies_from_process_to_process_is_seen(tmp_path: Path) ->
 
 SOURCE = """
 #include <Python.h>
-static struct PyModuleDef made = {PyModuleDef_HEAD_INIT, "made"};
-PyObject *PyInit_made(void) { return PyModule_Create(&made); }
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "trivial"};
+PyObject *PyInit_trivial(void) { return PyModule_Create(&definition); }
 """
 
 
@@ -131,24 +131,24 @@ def test_what_is_missing_is_a_sentence(cache: Path, tmp_path: Path, monkeypatch:
     assert obstacle() is None
     wanted = broken(kind, tmp_path, monkeypatch)
     with pytest.raises(NoCompiler, match=f"^Triton needs a C compiler and .* once, .*{wanted}") as raised, building():
-        build.compile_module_from_src(SOURCE, "made")
+        build.compile_module_from_src(SOURCE, "trivial")
     assert isinstance(raised.value, RuntimeError) and raised.value.__cause__ is not None
     assert not list(cache.rglob("*.so"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_built_needs_no_compiler(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    build.compile_module_from_src(SOURCE, "made")
+    build.compile_module_from_src(SOURCE, "trivial")
     (kept,) = cache.rglob("*.so")
     assert compiler.cache() == cache and kept.parent in compiler.compiled()
     broken(kind, tmp_path, monkeypatch)
     with building():
-        assert build.compile_module_from_src(SOURCE, "made").__name__ == "made"
+        assert build.compile_module_from_src(SOURCE, "trivial").__name__ == "trivial"
 
 
 def test_a_build_that_fails_for_another_reason(cache: Path) -> None:
     with pytest.raises(NoCompiler, match=r"and that failed; what the compiler said .* exit status 1\.\)$"), building():
-        build.compile_module_from_src("no C at all", "made")
+        build.compile_module_from_src("no C at all", "trivial")
     assert not cache.exists() or not list(cache.rglob("*.so"))
 
 
@@ -167,7 +167,7 @@ def test_a_batch_on_a_card_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     wanted = broken("no compiler", tmp_path, monkeypatch)
     for _ in range(2):
         with pytest.raises(NoCompiler, match=wanted), runner.device_of(model):
-            build.compile_module_from_src(SOURCE, "made")
+            build.compile_module_from_src(SOURCE, "trivial")
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -177,7 +177,7 @@ import json, pyembed.compiler, triton
 from triton.runtime import build
 try:
     with pyembed.compiler.building():
-        build.compile_module_from_src({SOURCE!r}, "made")
+        build.compile_module_from_src({SOURCE!r}, "trivial")
 except RuntimeError as error:
     print(json.dumps([triton.__version__, type(error).__name__, str(error)]))
 """
