@@ -124,10 +124,15 @@ def model_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--adapter", metavar="NAME", help="of a model with adapters to switch between: the one to use")
     group.add_argument("--device", type=devices, help="cpu, cuda, cuda:1, or several: cuda:0,cuda:1; by default CUDA where there is one")
     dtypes = ("auto", "float32", "bfloat16", "float16", "int8", "fp8")
-    group.add_argument("--dtype", choices=dtypes, default="auto", help="of the model (%(default)s); fp8 on new CUDA cards alone")
+    group.add_argument("--dtype", choices=dtypes, default="auto", help="of the model (%(default)s); fp8 pays on new CUDA cards alone")
     backend = "kernels: pyembed's own; reference: plain PyTorch; by default the kernels where they have been seen to run: on CPUs"
     group.add_argument("--backend", choices=("kernels", "reference"), help=backend)
     group.add_argument("--deterministic", action="store_true", help="a text has the same bits in any batch, on a GPU as on a CPU anyway")
+    graphs = "on a GPU: launch small batches kernel by kernel instead of replaying CUDA graphs"
+    group.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false", help=graphs)
+    group.add_argument("--share-prefixes", action="store_true", help="run what texts of a batch begin with in common once (causal models)")
+    kept = "memory for the states of prompts (causal models), 0 for none; by default 256 MiB on a CPU and 1 GiB on CUDA"
+    group.add_argument("--prefix-cache-bytes", metavar="N", type=int, help=kept)
     group.add_argument("--recipe", help="how a model is used whose files do not say so; `pyembed info` lists them")
     group.add_argument("--template", help="a method without training for any causal LM, such as prompteol; or a text with {text} in it")
     group.add_argument("--instruction", help="the task that the model's prompt names, in models that take one")

@@ -227,6 +227,9 @@ def load(args: argparse.Namespace) -> Encoder:
         tokens_per_batch=args.tokens_per_batch,
         backend=args.backend,
         deterministic=args.deterministic,
+        cuda_graphs=args.cuda_graphs,
+        share_prefixes=args.share_prefixes,
+        prefix_cache_bytes=args.prefix_cache_bytes,
         revision=args.revision,
         local_files_only=args.offline,
     )

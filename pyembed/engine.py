@@ -24,9 +24,10 @@ import torch
 
 from pyembed.job import Engine, Input, Job, Stats, wordings
 from pyembed.rows import extent, kept
-from pyembed.runner import GIVEN_UP, POLL, LaneLost, Loaded, Made, Reads, Rows, Stop, Stopped, check, out_of_memory, run_batch
+from pyembed.runner import GIVEN_UP, POLL, LaneLost, Loaded, Made, Reads, Rows, Stop, Stopped, check, run_batch
 from pyembed.ticket import Chunk, Flights, Ticket
 from pyembed.tokenizer import Tokenizer
+from pyembed.transfer import out_of_memory
 from pyembed.window import PLENTY, Marked, Window, finish, place, prepare, room, rows_of
 
 WINDOW_TEXTS = 1024  # texts in flight: what an interrupt loses, and what a stream reads before its first vector
@@ -163,7 +164,7 @@ class Line:
             try:
                 self.run_here(ticket, threads, only=only)
             except Exception as error:  # told when it is this window's turn
-                self.flights.queue.clear()
+                self.drop()
                 ticket.fail(error)
             return ticket
         self.employ([(self.windows, threads), *[(self.batches, threads)] * len(self.engine.lanes)])
@@ -254,10 +255,14 @@ class Line:
                 self.land()
                 continue
             task()
-        for _, _, _, made in self.flights.queue:
-            with suppress(Exception):  # nobody waits for it: a worker is told so, and a device's memory is not left before it is done
-                made.landed()
+        self.drop()
         self.deserted = not self.closed
+
+    def drop(self) -> None:
+        """Let go of batches on their way: a worker is told that nobody waits, and a device's memory is not left before it is done."""
+        while self.flights.queue:
+            with suppress(Exception):
+                self.flights.queue.popleft()[-1].landed()
 
     def prepare(self, ticket: Ticket, only: bool) -> None:
         try:

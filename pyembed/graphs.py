@@ -6,13 +6,14 @@ tokens, empty tiles. Whatever depends on a batch lies in one buffer on the devic
 
 The first batch of a form is launched kernel by kernel, which also tells the lists of tiles that attention asks for; with the second the
 graph is recorded. So the first query waits for nothing, and a form that is met once is never recorded. Graphs share one pool of memory per
-stream: a replay's result is on its way out before the next one begins. At most MOST of them are kept, those used last.
+stream: a replay's result is on its way out before the next one begins. At most MOST of them are kept. A form takes the place of another
+one only if it is met RATIO times as often, since a recording costs what many replays save: traffic of more forms than there are places
+would else record and give away all the time.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,10 +29,11 @@ from pyembed.kernels.tiles import Outline, Schedule, outline
 from pyembed.model import Weights, forward
 from pyembed.ops import Ops, Prefix
 from pyembed.prefix import PrefixCache, Prefixes, Run
-from pyembed.transfer import Sheet, pinned
+from pyembed.transfer import Sheet, out_of_memory, pinned
 
 MOST = 64  # graphs of one stream
-FORMS = 4096  # that are remembered as met once
+RATIO = 2
+AGE = 1024  # batches after which those before count half, and for which no graph is recorded after memory has run out
 Lists = tuple[tuple[str, int], ...]  # forms of tiles and queries of a tile, as attention asks for them
 
 
@@ -187,11 +189,13 @@ def record_on(device: torch.device) -> Callable[[Callable[[], Tensor]], Callable
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may allocate meanwhile
         try:
             vectors = launch()
+            graph.capture_end()
         except BaseException:
             with suppress(RuntimeError):  # the recording is void; what went wrong in it is told
                 graph.capture_end()
+            with suppress(RuntimeError):  # where that fails too, torch takes the recording for one under way, and frees no memory any more
+                torch._C._cuda_endAllocateToPool(device.index, pool)
             raise
-        graph.capture_end()
 
         def replay() -> Tensor:
             graph.replay()
@@ -200,6 +204,14 @@ def record_on(device: torch.device) -> Callable[[Callable[[], Tensor]], Callable
         return replay
 
     return record
+
+
+@dataclass(slots=True)
+class Met:
+    """What is known of a form."""
+
+    lists: tuple[Lists, Lists]  # of tiles, that were asked for
+    times: int  # batches of it, older ones counted less
 
 
 @dataclass(slots=True)
@@ -213,8 +225,10 @@ class Graphs:
     limit: int  # tokens of a batch
     record: Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
     prompts: PrefixCache | None
-    met: OrderedDict[Form, tuple[Lists, Lists]] = field(default_factory=OrderedDict)  # once, and the lists of tiles that were asked for
-    made: OrderedDict[Form, Graph] = field(default_factory=OrderedDict)
+    met: dict[Form, Met] = field(default_factory=dict)
+    made: dict[Form, Graph] = field(default_factory=dict)
+    batches: int = 0
+    rest_until: int = 0  # as many batches, because memory ran out
     failure: str = ""  # why there will be no more
 
     def form(self, given: Given) -> Form | None:
@@ -222,31 +236,53 @@ class Graphs:
 
     def run(self, form: Form, given: Given) -> Tensor | None:
         """Vectors [N, dim] of a batch; None: it is to be launched kernel by kernel, and `saw` told of it."""
-        if form in self.made:
-            self.made.move_to_end(form)
-            return self.made[form].run(given)
+        self.batches += 1
+        if self.batches % AGE == 0:
+            self.age()
         if form not in self.met:
             return None
+        self.met[form].times += 1
+        if form in self.made:
+            return self.made[form].run(given)
+        return self.begun(form, given) if self.worth(form) else None
+
+    def worth(self, form: Form) -> bool:
+        """Whether a form that was met again is to have a graph."""
+        if self.batches < self.rest_until:
+            return False
+        return len(self.made) < MOST or self.met[form].times > RATIO * min(self.met[each].times for each in self.made)
+
+    def begun(self, form: Form, given: Given) -> Tensor | None:
+        """Record a form's graph, and the vectors of the batch that gave rise to it; None where that fails."""
         try:
-            graph = Graph(form, given, self.met.pop(form), self)
+            graph = Graph(form, given, self.met[form].lists, self)
             vectors = graph.run(given)  # compiles what is not compiled yet, and grows tables
             graph.recorded(self)
         except RuntimeError as error:
-            if self.made and isinstance(error, torch.OutOfMemoryError):
+            if out_of_memory(error):
+                self.rest_until, until = self.batches + AGE, f"the next {AGE:,} "
                 self.give_away(list(self.made))
-                return None
-            self.failure = f"{type(error).__name__}: {error}"
-            warnings.warn(f"No CUDA graph could be recorded, so small batches are launched kernel by kernel. {self.failure}", stacklevel=2)
+            else:
+                self.failure, until = f"{type(error).__name__}: {error}", ""
+            told = f"No CUDA graph could be recorded, so {until}small batches are launched kernel by kernel."
+            warnings.warn(f"{told} {type(error).__name__}: {error}", stacklevel=2)
             return None
         self.made[form] = graph
         self.tidy()
         return vectors
 
     def tidy(self) -> None:
-        """Give away what was used longest ago, and graphs of prompts that are not kept any more."""
+        """Give away graphs of prompts that are not kept any more, and those that were used least."""
         gone = [form for form, each in self.made.items() if each.prompt is not None and not self.kept(each.prompt)]
-        gone += [form for form in self.made if form not in gone][: max(0, len(self.made) - len(gone) - MOST)]
-        self.give_away(gone)
+        left = sorted((form for form in self.made if form not in gone), key=lambda form: self.met[form].times)
+        self.give_away(gone + left[: max(0, len(left) - MOST)])
+
+    def age(self) -> None:
+        """Count what has been met so far half, and forget what is left with nothing."""
+        for form, each in list(self.met.items()):
+            each.times //= 2
+            if not each.times and form not in self.made:
+                del self.met[form]
 
     def give_away(self, gone: list[Form]) -> None:
         if gone and self.device.type == "cuda":
@@ -261,9 +297,7 @@ class Graphs:
 
     def saw(self, form: Form, given: Given) -> None:
         """A batch of this form was launched kernel by kernel."""
-        self.met[form] = (asked(given.schedule), asked(given.kept_schedule))
-        while len(self.met) > FORMS:
-            self.met.popitem(last=False)
+        self.met.setdefault(form, Met((asked(given.schedule), asked(given.kept_schedule)), 1))
 
 
 def asked(schedule: object) -> Lists:

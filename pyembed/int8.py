@@ -109,10 +109,11 @@ def exact_product(q: Tensor, values: Tensor, sums: Tensor) -> Tensor:
 def signed_product(rows: Tensor, values: Tensor) -> Tensor:
     """rows [T, I] int8 times values [O, I] int8, transposed: [T, O] int32, contiguous. Exact. On CUDA I and O must be multiples of 8.
 
-    On a CPU with VNNI oneDNN's product is exact; without, its sums of two products saturate at 16 bits, and float64 serves. On CUDA torch
-    takes no fewer rows than 17: those that are missing are zeros, 32 in all.
+    On a CPU with VNNI oneDNN's product is exact, but for a single input, which it gets wrong; without VNNI its sums of two products
+    saturate at 16 bits. There float64 serves. On CUDA torch takes no fewer rows than 17: those that are missing are zeros, 32 in all.
     """
-    if not rows.is_cuda and not (torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()):
+    library = rows.shape[1] > 1 and torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()
+    if not rows.is_cuda and not library:
         return (rows.double() @ values.double().T).int()
     count = rows.shape[0]
     if count <= TOO_FEW:

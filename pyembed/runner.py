@@ -26,8 +26,6 @@ from pyembed.transfer import TELLING, to_host
 
 Shared = tuple[np.ndarray, int]  # what a text begins with, and how many of its tokens are taken from there
 Stop = Callable[[], bool]  # whether nobody waits for the result any more
-# of torch's allocator, and of oneDNN where it finds no room for a GEMM's code or scratch
-NO_MEMORY = ("not enough memory", "can't allocate memory", "could not create a primitive", "could not create a memory")
 GIVEN_UP = "The call was given up: it was closed, or its thread and the main thread have ended."
 POLL = 0.2  # seconds after which a thread that waits asks that again
 
@@ -239,10 +237,3 @@ def prefix_of(model: Loaded, ids: np.ndarray, stop: Stop | None) -> Run:
 
     assert model.prefixes is not None
     return model.prefixes.get(ids, make)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """CUDA and the C++ kernels have exceptions of their own; torch on a CPU raises a RuntimeError with one of these texts."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(each in str(error) for each in NO_MEMORY)

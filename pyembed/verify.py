@@ -22,7 +22,7 @@ from pyembed.probes import PROBE, ProbeError, check_ids, check_mask
 from pyembed.published import Check, all_ids, checks, dtype_of, id_of_recipe, known_as, published
 from pyembed.quantising import EIGHT_BITS
 from pyembed.recipes import methods, recipe_of_id, recipes
-from pyembed.runner import out_of_memory
+from pyembed.transfer import out_of_memory
 
 Against = Literal["transformers", "card"]
 SHORT = (PROBE, "a", "What is Deep Learning?")

@@ -138,14 +138,14 @@ def answer(model: Loaded, made: Made | Failed) -> tuple[Flat, list[Flat], float]
     """What a batch has given, once it is there, or why not."""
     import torch
 
-    from pyembed import runner
+    from pyembed.transfer import out_of_memory
 
     try:
         if not isinstance(made, Failed):
             return flat(made.landed())
     except Exception as error:
         made = failed(error)
-    if model.device.type == "cuda" and runner.out_of_memory(made.error):
+    if model.device.type == "cuda" and out_of_memory(made.error):
         torch.cuda.empty_cache()
     return made
 

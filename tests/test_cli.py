@@ -531,12 +531,21 @@ def test_warmup(run, minilm, device):
     assert "no CUDA" in (err := run("warmup", minilm, "--device", "cuda")[2]) or "0 CUDA devices" in err
 
 
-def test_deterministic_reaches_the_encoder(run, minilm, monkeypatch):
-    seen, made = [], cli.load
-    monkeypatch.setattr(cli, "load", lambda args: (seen.append(made(args)), seen[-1])[1])
-    for words in ([], ["--deterministic"]):
+def test_how_it_runs_reaches_the_encoder(run, minilm, monkeypatch):
+    seen, names = [], ("deterministic", "cuda_graphs", "share_prefixes", "prefix_cache_bytes")
+
+    def watched(*given, **named):
+        seen.append(tuple(named[name] for name in names))
+        return Encoder(*given, **named)
+
+    monkeypatch.setattr("pyembed.encoder.Encoder", watched)
+    every = ["--deterministic", "--no-cuda-graphs", "--share-prefixes", "--prefix-cache-bytes", "1000000"]
+    for words in ([], [*every[:2], *every[3:]]):
         assert run("encode", minilm, "-o", f"{len(words)}.npy", "--device", "cpu", *words, stdin=b"a\n")[0] == 0
-    assert [each._engine.deterministic for each in seen] == [False, True]
+    code, _, said = run("encode", minilm, "-o", "c.npy", "--device", "cpu", *every, stdin=b"a\n")
+    assert code == 2
+    assert "share_prefixes=True" in said, "MiniLM is not causal"
+    assert seen == [(False, True, False, None), (True, False, False, 1000000), (True, False, True, 1000000)]
 
 
 def test_the_backend_reaches_the_encoder(run, minilm):

@@ -81,6 +81,9 @@ def test_the_product_is_exact(monkeypatch: pytest.MonkeyPatch, vnni: bool) -> No
     right = q.long() @ values.long().T
     assert torch.equal(exact_product(q, values, values.sum(1, dtype=torch.int32)).long(), right)
     assert right.abs().max() == 4099 * 255 * 127
+    for inputs in (1, 2, 3):
+        right = q[:, :inputs].long() @ values[:, :inputs].long().T
+        assert torch.equal(exact_product(q[:, :inputs], values[:, :inputs], values[:, :inputs].sum(1, dtype=torch.int32)).long(), right)
 
 
 @pytest.mark.parametrize("act", [None, *FUSED])
