@@ -88,7 +88,8 @@ class Dense:
 
 def packable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN's packed GEMM serves. Against `F.linear` on two Zen4 cores (`pytest bench/test_ops.py -k linear`): 1.2 to 1.5x in
-    float32 and 1.06 to 1.2x in bfloat16 at 512 rows and more, 1.1 to 2.9x at 16 rows, with the same bits for a row in any batch.
+    float32 and 1.06 to 1.2x in bfloat16 at 512 rows and more, 1.1 to 2.9x at 16 rows, with the same bits for a row in any batch. (In
+    float32 a row that is multiplied alone has others beyond 1,024 inputs; batches have 16 rows at least.)
     """
     return device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)
 

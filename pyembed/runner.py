@@ -147,13 +147,14 @@ def products(*, splits: bool) -> Iterator[None]:
     switches = torch.backends.cuda.matmul
     names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
     precision, sums = switches.fp32_precision, [(getattr(switches, name), getattr(switches, f"{name}_split_k")) for name in names]
+    accumulates = switches.allow_fp16_accumulation
     try:
-        switches.fp32_precision = "ieee"
+        switches.fp32_precision, switches.allow_fp16_accumulation = "ieee", False
         for name in names:
             setattr(switches, name, (False, splits))
         yield
     finally:
-        switches.fp32_precision = precision
+        switches.fp32_precision, switches.allow_fp16_accumulation = precision, accumulates
         for name, was in zip(names, sums, strict=True):
             setattr(switches, name, was)
 

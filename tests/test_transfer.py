@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,20 +180,25 @@ def test_windows_grow_where_a_device_waits_for_the_first(monkeypatch: pytest.Mon
 # torch's switches
 
 
-def test_products_are_summed_in_float32_and_the_switches_are_put_back() -> None:
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_products_are_summed_in_float32_and_the_switches_are_put_back(request: pytest.FixtureRequest, accumulates: bool) -> None:
     switches = torch.backends.cuda.matmul
+    request.addfinalizer(partial(setattr, switches, "allow_fp16_accumulation", switches.allow_fp16_accumulation))
+    switches.allow_fp16_accumulation = accumulates
 
     def state() -> tuple[Any, ...]:
         sums = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
-        return switches.fp32_precision, *((getattr(switches, each), getattr(switches, f"{each}_split_k")) for each in sums)
+        precision = switches.fp32_precision, switches.allow_fp16_accumulation
+        return *precision, *((getattr(switches, each), getattr(switches, f"{each}_split_k")) for each in sums)
 
     before = state()
     with products(splits=True):
-        assert state() == ("ieee", (False, True), (False, True))
+        assert state() == ("ieee", False, (False, True), (False, True))
         with products(splits=False):
-            assert state() == ("ieee", (False, False), (False, False))
-        assert state() == ("ieee", (False, True), (False, True))
+            assert state() == ("ieee", False, (False, False), (False, False))
+        assert state() == ("ieee", False, (False, True), (False, True))
     assert state() == before
+    assert before[1] is accumulates
     with pytest.raises(KeyError), products(splits=False):
         raise KeyError
     assert state() == before
