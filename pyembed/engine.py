@@ -166,6 +166,10 @@ class Line:
             except Exception as error:  # told when it is this window's turn
                 self.drop()
                 ticket.fail(error)
+            except BaseException:  # an interrupt
+                self.closed = True
+                self.drop()
+                raise
             return ticket
         self.employ([(self.windows, threads), *[(self.batches, threads)] * len(self.engine.lanes)])
         self.windows.put(partial(self.prepare, ticket, only))

@@ -7,8 +7,8 @@ tokens, empty tiles. Whatever depends on a batch lies in one buffer on the devic
 The first batch of a form is launched kernel by kernel, which also tells the lists of tiles that attention asks for; with the second the
 graph is recorded. So the first query waits for nothing, and a form that is met once is never recorded. Graphs share one pool of memory per
 stream: a replay's result is on its way out before the next one begins. At most MOST of them are kept. A form takes the place of another
-one only if it is met RATIO times as often, since a recording costs what many replays save: traffic of more forms than there are places
-would else record and give away all the time.
+one only if it is met more than RATIO times as often, since a recording costs what many replays save: traffic of more forms than there are
+places would else record and give away all the time.
 """
 
 from __future__ import annotations
@@ -186,8 +186,8 @@ def record_on(device: torch.device) -> Callable[[Callable[[], Tensor]], Callable
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()  # what memory there is must not be looked for while recording: freeing some would void it
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may allocate meanwhile
         try:
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may allocate meanwhile
             vectors = launch()
             graph.capture_end()
         except BaseException:
@@ -229,6 +229,7 @@ class Graphs:
     made: dict[Form, Graph] = field(default_factory=dict)
     batches: int = 0
     rest_until: int = 0  # as many batches, because memory ran out
+    fit: int = MOST  # graphs that it holds, for all that is known
     failure: str = ""  # why there will be no more
 
     def form(self, given: Given) -> Form | None:
@@ -250,7 +251,12 @@ class Graphs:
         """Whether a form that was met again is to have a graph."""
         if self.batches < self.rest_until:
             return False
-        return len(self.made) < MOST or self.met[form].times > RATIO * min(self.met[each].times for each in self.made)
+        if len(self.made) >= self.places():
+            self.tidy()
+        return len(self.made) < self.places() or self.met[form].times > RATIO * min(self.met[each].times for each in self.made)
+
+    def places(self) -> int:
+        return min(MOST, self.fit)
 
     def begun(self, form: Form, given: Given) -> Tensor | None:
         """Record a form's graph, and the vectors of the batch that gave rise to it; None where that fails."""
@@ -258,12 +264,13 @@ class Graphs:
             graph = Graph(form, given, self.met[form].lists, self)
             vectors = graph.run(given)  # compiles what is not compiled yet, and grows tables
             graph.recorded(self)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if out_of_memory(error):
                 self.rest_until, until = self.batches + AGE, f"the next {AGE:,} "
-                self.give_away(list(self.made))
+                self.fit = max(1, len(self.made))
             else:
                 self.failure, until = f"{type(error).__name__}: {error}", ""
+            self.give_away(list(self.made))
             told = f"No CUDA graph could be recorded, so {until}small batches are launched kernel by kernel."
             warnings.warn(f"{told} {type(error).__name__}: {error}", stacklevel=2)
             return None
@@ -275,10 +282,12 @@ class Graphs:
         """Give away graphs of prompts that are not kept any more, and those that were used least."""
         gone = [form for form, each in self.made.items() if each.prompt is not None and not self.kept(each.prompt)]
         left = sorted((form for form in self.made if form not in gone), key=lambda form: self.met[form].times)
-        self.give_away(gone + left[: max(0, len(left) - MOST)])
+        self.give_away(gone + left[: max(0, len(left) - self.places())])
 
     def age(self) -> None:
-        """Count what has been met so far half, and forget what is left with nothing."""
+        """Count what has been met so far half, and forget what is left with nothing; memory may hold one graph more than before."""
+        self.fit += 1
+        self.tidy()
         for form, each in list(self.met.items()):
             each.times //= 2
             if not each.times and form not in self.made:
@@ -289,8 +298,8 @@ class Graphs:
             torch.cuda.current_stream(self.device).synchronize()  # a replay may be under way
         for form in gone:
             del self.made[form]
-        if gone and not self.made and self.device.type == "cuda":
-            self.record = record_on(self.device)  # a pool ends with its last graph
+        if not self.made and self.device.type == "cuda":
+            self.record = record_on(self.device)  # a pool ends with its last graph, or with a recording that failed as its first
 
     def kept(self, prompt: Run) -> bool:
         return self.prompts is not None and any(each is prompt for each in self.prompts.runs.values())

@@ -18,10 +18,10 @@ from torch import Tensor
 TELLING = threading.RLock()  # of the thread that tells CUDA devices what to do: torch's switches, and what is recorded, are the process's
 APART = 16  # bytes to which an array's start is aligned: kernels are compiled for pointers that are multiples of it
 Form = tuple[tuple[int, ...], np.dtype]  # shape and dtype of an array
-# of torch's allocator, of oneDNN where it finds no room for a GEMM's code or scratch, of CUDA's graphs and of cuBLAS
+# of torch's allocator, of oneDNN where it finds no room for a GEMM's code or scratch, of CUDA, Triton and cuBLAS
 NO_MEMORY = (
     *("not enough memory", "can't allocate memory", "could not create a primitive", "could not create a memory"),
-    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+    *("out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
 )
 DTYPES = {np.dtype(np.int32): torch.int32, np.dtype(np.int64): torch.int64}
 

@@ -223,8 +223,45 @@ def test_a_recording_that_fails_is_told_once(recorded: tuple[Encoder, Graphs, li
         warnings.simplefilter("error")
         assert np.array_equal(encoder.encode(texts(3, 9)), right)
     assert not own.made
+    assert own.form(batch(3, 9)) is None
     monkeypatch.setattr(encoder._loaded, "device", torch.device("cuda"))
     assert info.launching(encoder._engine).endswith("(0 recorded; RuntimeError: operation not permitted when stream is capturing)")
+
+
+def test_graphs_of_prompts_that_are_gone_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often they were used."""
+    prompts = SimpleNamespace(runs={})
+    own: Any = Graphs(None, None, reference, torch.device("cpu"), LIMIT, lambda launch: launch, prompts)  # type: ignore[arg-type]
+    monkeypatch.setattr(graphs, "MOST", 2)
+
+    class Made:
+        def __init__(self, form: Form, given: Given, lists: object, of: Graphs) -> None:
+            self.prompt = next(iter(given.runs), (None,))[0]
+
+        def run(self, given: Given) -> Tensor:
+            return torch.empty(0)
+
+        def recorded(self, of: Graphs) -> None:
+            pass
+
+    monkeypatch.setattr(graphs, "Graph", Made)
+    old, new = object(), object()
+
+    def meet(rows: int, prompt: object) -> None:
+        form = Form(rows, 1, tiles.Outline(0, 0, 0), 0, None, id(prompt), 1)
+        given: Any = Given(None, None, None, None, [(prompt, 1)])  # type: ignore[arg-type]
+        if own.run(form, given) is None:
+            own.saw(form, given)
+
+    prompts.runs = {"a": old}
+    for _ in range(20):
+        meet(16, old)
+        meet(32, old)
+    assert len(own.made) == 2
+    prompts.runs = {"b": new}
+    for _ in range(2):
+        meet(16, new)
+    assert [form.run for form in own.made] == [id(new)]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory")])
@@ -251,6 +288,23 @@ def test_memory_that_runs_out_in_a_recording_is_taken_from_other_graphs(
     for n in range(9):
         assert (len(own.made) == 1) == (n == 8)
         encoder.encode(texts(3, 9))
+    assert own.places() == 2, "one as when memory ran out, and one more since"
+
+
+def test_a_pool_ends_with_a_recording_that_fails_as_its_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, said = torch.device("cuda", 3), list[torch.device]()
+
+    def fails(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    own: Any = Graphs(None, None, reference, device, LIMIT, fails, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(graphs, "Graph", fails)
+    monkeypatch.setattr(graphs, "record_on", lambda device: said.append(device))
+    form, empty = Form(16, 1, tiles.Outline(0, 0, 0), 0, None, 0, 0), Given(None, None, None, None, [])  # type: ignore[arg-type]
+    own.saw(form, empty)
+    with pytest.warns(UserWarning, match="next 1,024 small batches"):
+        assert own.run(form, empty) is None
+    assert said == [device]
 
 
 def test_a_void_recording_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from pyembed import Encoder, engine
 from pyembed.runner import Made, products
-from pyembed.transfer import APART, Sheet, to_device, to_host
+from pyembed.transfer import APART, Sheet, out_of_memory, to_device, to_host
 
 TEXTS = [f"{checkpoints.sentence(n % 23 + 1, n)} w{n % 50}" for n in range(120)]
 ARRAYS = st.lists(
@@ -175,6 +175,13 @@ def test_windows_grow_where_a_device_waits_for_the_first(monkeypatch: pytest.Mon
 
     assert sizes(growing=True) == [10, 20, 40, 40, 10]
     assert sizes() == [40, 40, 40]
+
+
+@pytest.mark.parametrize("text", ["CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "CUDA driver error: out of memory"])
+def test_memory_that_has_run_out_is_known_by_its_text(text: str) -> None:
+    assert out_of_memory(RuntimeError(text))
+    assert not out_of_memory(ValueError(text))
+    assert not out_of_memory(RuntimeError("an illegal memory access was encountered"))
 
 
 # torch's switches
