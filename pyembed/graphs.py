@@ -265,14 +265,15 @@ class Graphs:
             vectors = graph.run(given)  # compiles what is not compiled yet, and grows tables
             graph.recorded(self)
         except (RuntimeError, MemoryError) as error:
+            why = f"{type(error).__name__}: {error}"
             if out_of_memory(error):
                 self.rest_until, until = self.batches + AGE, f"the next {AGE:,} "
                 self.fit = max(1, len(self.made))
             else:
-                self.failure, until = f"{type(error).__name__}: {error}", ""
+                self.failure, until = why, ""
             self.give_away(list(self.made))
             told = f"No CUDA graph could be recorded, so {until}small batches are launched kernel by kernel."
-            warnings.warn(f"{told} {type(error).__name__}: {error}", stacklevel=2)
+            warnings.warn(f"{told} {why}", stacklevel=2)
             return None
         self.made[form] = graph
         self.tidy()

@@ -112,8 +112,7 @@ def signed_product(rows: Tensor, values: Tensor) -> Tensor:
     On a CPU with VNNI oneDNN's product is exact, but for a single input, which it gets wrong; without VNNI its sums of two products
     saturate at 16 bits. There float64 serves. On CUDA torch takes no fewer rows than 17: those that are missing are zeros, 32 in all.
     """
-    library = rows.shape[1] > 1 and torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()
-    if not rows.is_cuda and not library:
+    if not rows.is_cuda and not (rows.shape[1] > 1 and torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()):
         return (rows.double() @ values.double().T).int()
     count = rows.shape[0]
     if count <= TOO_FEW:

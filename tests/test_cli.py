@@ -532,11 +532,12 @@ def test_warmup(run, minilm, device):
 
 
 def test_how_it_runs_reaches_the_encoder(run, minilm, monkeypatch):
-    seen, names = [], ("deterministic", "cuda_graphs", "share_prefixes", "prefix_cache_bytes")
+    seen, made, names = [], [], ("deterministic", "cuda_graphs", "share_prefixes", "prefix_cache_bytes")
 
     def watched(*given, **named):
         seen.append(tuple(named[name] for name in names))
-        return Encoder(*given, **named)
+        made.append(Encoder(*given, **named))
+        return made[-1]
 
     monkeypatch.setattr("pyembed.encoder.Encoder", watched)
     every = ["--deterministic", "--no-cuda-graphs", "--share-prefixes", "--prefix-cache-bytes", "1000000"]
@@ -546,6 +547,7 @@ def test_how_it_runs_reaches_the_encoder(run, minilm, monkeypatch):
     assert code == 2
     assert "share_prefixes=True" in said, "MiniLM is not causal"
     assert seen == [(False, True, False, None), (True, False, False, 1000000), (True, False, True, 1000000)]
+    assert [each._engine.deterministic for each in made] == [False, True]
 
 
 def test_the_backend_reaches_the_encoder(run, minilm):

@@ -49,6 +49,7 @@ def check(encoder: Encoder, groups: list[list[str]], forms: int, **given: Any) -
             assert off(encoder.encode(texts, **given), expected) <= 1e-6
     assert not own.failure
     assert len(own.made) == forms, own.made.keys()
+    assert set(own.made) <= set(own.met)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bert", "xlm-roberta", "bloom", "gptj"])
